@@ -78,7 +78,7 @@ fn a_student_carries_its_timesteps() {
     }
     let untrained = SchedulerConfig::Ddim(CommonConfig::default());
     assert!(!untrained.to_json().contains("ddil_timesteps"));
-    let message = untrained.timesteps(None).expect_err("nothing says how many").to_string();
+    let message = untrained.timesteps(None).expect_err("no number of steps").to_string();
     assert!(message.contains("num_inference_steps"), "{message}");
 }
 

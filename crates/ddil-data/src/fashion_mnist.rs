@@ -1,9 +1,9 @@
 use std::{
     env,
-    fmt::Write,
     path::{Path, PathBuf},
 };
 
+use ddil_files::hex;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 
@@ -126,9 +126,5 @@ fn find(folder: &Path, name: &str) -> Option<PathBuf> {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    hex(&Sha256::digest(bytes))
 }

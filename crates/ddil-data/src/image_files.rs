@@ -2,10 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{
-        Barrier,
-        mpsc::{Receiver, SyncSender, sync_channel},
-    },
+    sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
     thread,
 };
 
@@ -225,19 +222,20 @@ pub(crate) fn in_order<T: Send, E: From<Error> + Send>(
 ) -> std::result::Result<(), E> {
     let threads = threads.clamp(1, paths.len().max(1));
     let before = ddil_libtorch::num_threads().map_err(Error::from)?;
-    let started = Barrier::new(threads + 1);
-    let (read, started) = (&read, &started);
+    let (started, all_started) = channel();
+    let read = &read;
     thread::scope(|scope| {
         let receivers: Vec<Receiver<_>> = (0..threads)
             .map(|first| {
                 let (sender, receiver) = sync_channel(AHEAD);
                 let own = paths.iter().skip(first).step_by(threads);
-                scope.spawn(move || read_all(own, started, read, &sender));
+                let started = started.clone();
+                scope.spawn(move || read_all(own, &started, read, &sender));
                 receiver
             })
             .collect();
         // Part of the setting belongs to the process: it is restored once every thread has its own.
-        started.wait();
+        all_started.iter().take(threads).for_each(drop);
         ddil_libtorch::set_num_threads(before).map_err(Error::from)?;
         // Returning drops the receivers, which ends the threads.
         (0..paths.len()).try_for_each(|index| {
@@ -251,14 +249,14 @@ pub(crate) fn in_order<T: Send, E: From<Error> + Send>(
 /// Sends the results of one thread's paths, up to the first error.
 fn read_all<'a, T, E: From<Error>>(
     paths: impl Iterator<Item = &'a PathBuf>,
-    started: &Barrier,
+    started: &Sender<()>,
     read: &impl Fn(&Path) -> std::result::Result<T, E>,
     sender: &SyncSender<std::result::Result<T, E>>,
 ) {
     // The images are what runs in parallel here, and not the operations on one of them.
     // Asking for the number makes libtorch adopt it in this thread, before the process's is restored.
     let single = ddil_libtorch::set_num_threads(1).and_then(|()| ddil_libtorch::num_threads());
-    started.wait();
+    let _ = started.send(());
     if let Err(error) = single {
         let _ = sender.send(Err(Error::from(error).into()));
         return;

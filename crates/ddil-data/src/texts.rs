@@ -50,7 +50,7 @@ pub(crate) fn parse_lines<T: serde::de::DeserializeOwned>(text: &str) -> Numbere
     lines.map(|(number, line)| (number, read(line))).collect()
 }
 
-/// A table with a row of names, and where some of them are.
+/// A table with a row of names.
 pub(crate) struct Table {
     /// The names of the columns.
     pub(crate) names: csv::StringRecord,

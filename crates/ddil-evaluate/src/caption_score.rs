@@ -70,7 +70,7 @@ impl CaptionScorer {
         let model = ClipModel::from_folder(folder, place, UnknownKeys::Refuse)?;
         let vision = model.vision().config();
         let (channels, side) = (i64::from(vision.num_channels), i64::from(vision.image_size));
-        let own = preprocessor::input_in(folder, channels)?;
+        let own = preprocessor::input_in(folder, channels, "clip")?;
         let input = own.unwrap_or_else(|| ImageInput::clip(side));
         if input.channels != channels || input.resize.size() != Some([side; 2]) {
             let found =

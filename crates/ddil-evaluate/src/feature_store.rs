@@ -1,12 +1,11 @@
 //! A folder of features, so that a measurement that was stopped goes on.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 use ddil_data::{ImageFiles, cache_folder};
-use ddil_files::{Error as FileError, write_json};
+use ddil_files::{Error as FileError, hex, write_json};
 use ddil_metrics::FeatureExtractor;
 use ddil_pipelines::SamplePlan;
 use serde_json::{Value, json};
@@ -18,7 +17,11 @@ use crate::prompt_drawing::PromptDrawing;
 use crate::prompt_scores::PromptNetworks;
 
 const KEY: &str = "key.json";
-/// Incomplete features of that age are removed.
+/// The file that marks features that stay when a measurement is complete.
+const KEPT: &str = "kept";
+/// Another version may decode or convert images in another way.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Features of that age are removed unless they are complete and to be kept.
 const MAX_AGE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Everything that the features of a set of images depend on; equal keys have equal features.
@@ -53,12 +56,7 @@ impl FeatureKey {
         network: &str,
         extractor: &dyn FeatureExtractor,
     ) -> Result<Self> {
-        let mut files = Vec::new();
-        for folder in folders {
-            collect(folder, &mut files)?;
-        }
-        files.sort();
-        let model = signature(&files)?;
+        let model = signature_of_folders(folders)?;
         let subject = json!({ "model": model, "plan": plan, "of": total, "network": network });
         Ok(Self::new(&subject, u64::from(count), extractor))
     }
@@ -75,14 +73,10 @@ impl FeatureKey {
         network: &str,
         networks: PromptNetworks<'_>,
     ) -> Result<Self> {
-        let mut files = Vec::new();
-        for folder in folders {
-            collect(folder, &mut files)?;
-        }
-        files.sort();
         let (total, dim) = (drawing.num_images(), networks.dim());
         let parts = json!({
-            "model": signature(&files)?,
+            "ddil": VERSION,
+            "model": signature_of_folders(folders)?,
             "plan": drawing.plan(),
             "network": network,
             "prompts": drawing.prompts(),
@@ -97,6 +91,7 @@ impl FeatureKey {
     fn new(subject: &Value, total: u64, extractor: &dyn FeatureExtractor) -> Self {
         let dim = extractor.dim();
         let parts = json!({
+            "ddil": VERSION,
             "subject": subject,
             "total": total,
             "extractor": extractor.id(),
@@ -157,7 +152,8 @@ impl FeatureStore {
         Self { folder: folder.into(), least: 0, temporary: Vec::new() }
     }
 
-    /// The folder `features` in the user's cache; incomplete features in it that are older than 30 days are removed.
+    /// The folder `features` in the user's cache; features in it that are older than 30 days are removed, except complete
+    /// ones that are to be kept.
     pub fn in_cache() -> Self {
         let folder = cache_folder().join("features");
         let store = Self { least: Self::MIN_IMAGES, ..Self::in_folder(folder) };
@@ -171,7 +167,7 @@ impl FeatureStore {
     }
 
     /// The rows of a key: those of an earlier process, or none yet. Those that are not to `keep` are removed by
-    /// [`clear`](Self::clear).
+    /// [`clear`](Self::clear), unless they were to be kept before.
     ///
     /// # Errors
     ///
@@ -181,7 +177,10 @@ impl FeatureStore {
         let folder = self.folder.join(key.name());
         let rows = FeatureRows::in_folder(&folder, key.total, key.dim)?;
         write_json(&folder.join(KEY), &key.parts)?;
-        if !keep {
+        let kept = folder.join(KEPT);
+        if keep {
+            fs::write(&kept, "").map_err(FileError::io("write", &kept))?;
+        } else if !kept.exists() {
             self.temporary.push(folder);
         }
         Ok(rows)
@@ -206,12 +205,21 @@ impl FeatureStore {
         for folder in entries.map(|entry| entry.path()).filter(|path| path.join(KEY).is_file()) {
             let modified = fs::metadata(&folder).and_then(|metadata| metadata.modified());
             let age = modified.ok().and_then(|time| time.elapsed().ok()).unwrap_or_default();
-            if age > MAX_AGE && !is_complete(&folder) {
+            let stays = folder.join(KEPT).exists() && is_complete(&folder);
+            if age > MAX_AGE && !stays {
                 // A folder that cannot be removed is in nobody's way.
                 let _ = fs::remove_dir_all(&folder);
             }
         }
     }
+}
+
+/// As [`signature`], of all files in the folders and their subfolders.
+fn signature_of_folders(folders: &[&Path]) -> Result<String> {
+    let mut files = Vec::new();
+    folders.iter().try_for_each(|folder| collect(folder, &mut files))?;
+    files.sort();
+    signature(&files)
 }
 
 /// A checksum of the paths, sizes and times of files.
@@ -241,12 +249,4 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(64), |mut hex, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
 }

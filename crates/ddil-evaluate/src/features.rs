@@ -1,6 +1,6 @@
 //! Features of image files and of samples, batch by batch.
 
-use ddil_data::ImageFiles;
+use ddil_data::{ImageDataset, ImageFiles};
 use ddil_metrics::{FeatureExtractor, quantize};
 use tch::{Device, Kind, Tensor};
 
@@ -34,6 +34,27 @@ pub fn features_of_files(
             let done = rows.len();
             note(what, done, &mut rows, total, monitor)
         })?;
+    }
+    rows.finish()
+}
+
+/// Features of the images of a data set, `[n, dim]`, `Float`, on the CPU. `what` names the images for the monitor.
+///
+/// # Errors
+///
+/// Errors of the extractor; [`Error::Stopped`].
+pub(crate) fn features_of_dataset(
+    images: &ImageDataset,
+    what: &str,
+    extractor: &dyn FeatureExtractor,
+    monitor: &mut dyn Monitor,
+) -> Result<Tensor> {
+    let (len, mut rows) = (images.len(), FeatureRows::in_memory());
+    for start in (0..len).step_by(BATCH as usize) {
+        let batch = images.range(start, BATCH.min(len - start))?.x0;
+        rows.push(&features_of_images(&batch, extractor)?)?;
+        let done = rows.len();
+        note(what, done, &mut rows, len.unsigned_abs(), monitor)?;
     }
     rows.finish()
 }

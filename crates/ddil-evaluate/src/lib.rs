@@ -6,7 +6,7 @@
 //! | task | items |
 //! | --- | --- |
 //! | choose a network of features | [`ExtractorChoice`], [`FolderExtractor`] |
-//! | choose the images to compare with | [`ReferenceChoice`], [`reference_of_images`], [`all_images`], [`warnings_of`], [`few_images`] |
+//! | choose the images to compare with | [`ReferenceChoice`], [`reference_of_images`], [`reference_of_dataset`], [`all_images`], [`warnings_of`], [`few_images`] |
 //! | draw samples | [`Drawing`], [`draw`], [`draw_observed`] |
 //! | compute features | [`features_of_files`], [`features_of_drawing`], [`features_as_stored`] |
 //! | keep features, and continue after a stop | [`FeatureRows`], [`FeatureStore`], [`FeatureKey`] |
@@ -75,7 +75,7 @@ pub use prompt_scores::{
     ClipScores, MeanOverPrompts, PromptDiversity, PromptMeter, PromptNetworks, PromptScores,
 };
 pub use prompts::{EvaluationPrompts, PromptSet};
-pub use reference::{ReferenceChoice, all_images, few_images, warnings_of};
+pub use reference::{ReferenceChoice, all_images, few_images, reference_of_dataset, warnings_of};
 pub use scores::{FeatureScores, MIN_SAMPLES, Metric, Scores, reference_of_images, score};
 pub use shift::{ShiftRow, shift};
 pub use tch;

@@ -1,12 +1,11 @@
 //! Networks of features in transformers folders: CLIP and `DINOv2`.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use ddil_files::{Invalid, read_json};
+use ddil_files::{Invalid, hex, read_json};
 use ddil_metrics::{FeatureExtractor, ImageInput};
 use ddil_models::weights::WeightFiles;
 use ddil_models::{
@@ -196,15 +195,17 @@ impl Network {
 impl Images {
     /// The given conversion, that of the folder, or the published one; checked to fit.
     fn input(&self, folder: &Path, given: Option<ImageInput>) -> Result<ImageInput> {
-        let own = || match (preprocessor::input_in(folder, self.channels)?, self.side) {
-            (Some(own), _) => Ok(own),
-            (None, Some(side)) => Ok(ImageInput::clip(side)),
-            (None, None) => {
-                let mut input = ImageInput::imagenet();
-                input.rounded = true;
-                Ok::<_, Error>(input)
-            }
-        };
+        let own =
+            || match (preprocessor::input_in(folder, self.channels, "extractor_input")?, self.side)
+            {
+                (Some(own), _) => Ok(own),
+                (None, Some(side)) => Ok(ImageInput::clip(side)),
+                (None, None) => {
+                    let mut input = ImageInput::imagenet();
+                    input.rounded = true;
+                    Ok::<_, Error>(input)
+                }
+            };
         let input = given.map_or_else(own, Ok)?;
         input.ensure_valid()?;
         if input.channels != self.channels {
@@ -283,13 +284,4 @@ pub(crate) fn sha256_of_weights(folder: &Path) -> Result<String> {
         }
     }
     Ok(hex(&hash.finalize()))
-}
-
-/// Bytes in hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

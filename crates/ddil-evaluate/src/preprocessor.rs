@@ -20,8 +20,13 @@ const ROUNDING: f64 = 1e-9;
 ///
 /// # Errors
 ///
-/// Errors of the file; [`Error::Invalid`](crate::Error::Invalid) for a conversion that is not offered here.
-pub(crate) fn input_in(folder: &Path, channels: i64) -> Result<Option<ImageInput>> {
+/// Errors of the file; [`Error::Invalid`](crate::Error::Invalid) of the setting `field` for a conversion that is not
+/// offered here.
+pub(crate) fn input_in(
+    folder: &Path,
+    channels: i64,
+    field: &'static str,
+) -> Result<Option<ImageInput>> {
     for (name, key) in FILES {
         let path = folder.join(name);
         if !path.is_file() {
@@ -30,7 +35,7 @@ pub(crate) fn input_in(folder: &Path, channels: i64) -> Result<Option<ImageInput
         let file: Value = read_json(&path)?;
         let settings = key.map_or(Some(&file), |key| file.get(key)).and_then(Value::as_object);
         if let Some(settings) = settings {
-            return Ok(Some(Processor { path: &path, settings }.input(channels)?));
+            return Ok(Some(Processor { path: &path, settings, field }.input(channels)?));
         }
     }
     Ok(None)
@@ -40,6 +45,8 @@ pub(crate) fn input_in(folder: &Path, channels: i64) -> Result<Option<ImageInput
 struct Processor<'a> {
     path: &'a Path,
     settings: &'a Map<String, Value>,
+    /// The setting that names the folder.
+    field: &'static str,
 }
 
 impl Processor<'_> {
@@ -104,10 +111,9 @@ impl Processor<'_> {
     }
 
     fn invalid(&self, key: &str, expected: &str) -> crate::Error {
-        let field = format!("{}: {key}", self.path.display());
-        let found = self.settings.get(key).map_or("not set".to_owned(), Value::to_string);
-        let expected = format!("{expected}; or choose another input with --extractor-input");
-        Invalid::new(field, found, expected).into()
+        let value = self.settings.get(key).map_or("not set".to_owned(), Value::to_string);
+        let found = format!("{}, whose `{key}` is {value}", self.path.display());
+        Invalid::new(self.field, found, expected).into()
     }
 }
 

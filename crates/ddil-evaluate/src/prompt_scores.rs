@@ -296,6 +296,10 @@ fn prepared(images: &[Tensor], input: &ImageInput) -> Result<Tensor> {
     }
     let each: Vec<Tensor> =
         images.iter().map(|image| input.prepare(image)).collect::<ddil_metrics::Result<_>>()?;
+    if each.iter().any(|image| image.size() != each[0].size()) {
+        let expected = "images of one size: a network of features does not resize";
+        return Err(Invalid::new("images", "images of different sizes", expected).into());
+    }
     Tensor::f_cat(&each, 0).map_err(Error::torch(op))
 }
 

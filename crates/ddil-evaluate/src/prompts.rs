@@ -5,12 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use ddil_data::{Captions, ImageFiles, Prompt, read_prompts};
-use ddil_files::Invalid;
+use ddil_files::{Invalid, hex};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::Result;
-use crate::network_folder::hex;
 
 /// The most prompts and images per prompt: the seeds of all images are different up to there.
 const MAX_PROMPTS: usize = 1 << 20;

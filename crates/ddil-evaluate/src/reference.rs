@@ -7,12 +7,11 @@ use ddil_files::Invalid;
 use ddil_metrics::{FeatureExtractor, Neighbours, Reference};
 use tch::Tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::feature_rows::FeatureRows;
 use crate::feature_store::{FeatureKey, FeatureStore};
-use crate::features::features_of_files;
+use crate::features::{features_of_dataset, features_of_files};
 use crate::monitor::Monitor;
-use crate::scores::reference_of_images;
 
 /// The name of Fashion-MNIST's test images as a reference.
 const FASHION_MNIST: &str = "fashion_mnist";
@@ -64,7 +63,7 @@ impl ReferenceChoice {
 
     /// The reference. Features of a folder are computed, in `threads` threads that decode; those of
     /// [`FeatureStore::MIN_IMAGES`] images or more are kept in `store`, if there is one, and read from there the next
-    /// time.
+    /// time; they are in memory if the store is in use or cannot be written.
     ///
     /// # Errors
     ///
@@ -80,13 +79,19 @@ impl ReferenceChoice {
         let reference = match self {
             Self::FashionMnist(folder) => {
                 let test = FashionMnist::from_folder(folder.as_deref())?.test;
-                reference_of_images("fashion_mnist/test", &all_images(&test)?, extractor)?
+                reference_of_dataset("fashion_mnist/test", &test, extractor, monitor)?
             }
             Self::Folder(path) => {
                 // Metrics of neighbours use the first images, which in a folder of classes are those of one class.
                 let files = ImageFiles::in_folder(path)?.shuffled(0);
                 let rows = match store.filter(|store| store.keeps(files.len() as u64)) {
-                    Some(store) => store.open(&FeatureKey::of_files(&files, extractor)?, true)?,
+                    // Another process computes them, or the folder cannot be written.
+                    Some(store) => {
+                        match store.open(&FeatureKey::of_files(&files, extractor)?, true) {
+                            Err(Error::Files(_) | Error::InUse { .. }) => FeatureRows::in_memory(),
+                            rows => rows?,
+                        }
+                    }
                     None => FeatureRows::in_memory(),
                 };
                 let features =
@@ -173,6 +178,21 @@ pub fn few_images(what: &str, images: i64, dim: i64) -> Option<String> {
             dim.saturating_add(1)
         )
     })
+}
+
+/// A reference of the images of a data set, which are converted in parts.
+///
+/// # Errors
+///
+/// Errors of the extractor and the metrics: images of another shape, fewer than two; [`Error::Stopped`].
+pub fn reference_of_dataset(
+    name: impl Into<String>,
+    images: &ImageDataset,
+    extractor: &dyn FeatureExtractor,
+    monitor: &mut dyn Monitor,
+) -> Result<Reference> {
+    let features = features_of_dataset(images, "reference", extractor, monitor)?;
+    Ok(Reference::new(name, &features, extractor)?)
 }
 
 /// Every image of a data set, `[n, channels, height, width]` in `[-1, 1]`.

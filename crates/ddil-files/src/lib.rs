@@ -42,6 +42,7 @@ mod bounded;
 mod error;
 #[doc(hidden)]
 pub mod fault;
+mod hex;
 mod invalid;
 mod json;
 mod json_settings;
@@ -52,6 +53,7 @@ pub mod settings;
 pub use atomic::{TEMPORARY, parent, sync_folder, temporary_sibling, write_atomic};
 pub use bounded::{open_regular_file, read_bounded, read_text_bounded};
 pub use error::{Error, Result};
+pub use hex::hex;
 pub use invalid::{Invalid, listed};
 pub use json::{
     ensure_version, first_version, read_json, read_small_json, read_versioned, write_json,

@@ -57,7 +57,7 @@ pub enum JpegError {
 ///
 /// # Errors
 ///
-/// [`JpegError`]: also for a file whose end is missing or whose data are damaged, of which libjpeg would fill the rest with
+/// [`JpegError`]: also for a file whose end is missing or whose damage libjpeg notices, of which it would fill the rest with
 /// grey.
 ///
 /// # Example
@@ -109,8 +109,8 @@ fn finished<T>(
     Ok(pixels)
 }
 
-/// Warnings after which all pixels are as they were written: bytes between segments, as some cameras write, and a version or
-/// a colour transform that is not known and not used.
+/// Warnings after which no pixel is missing: bytes before a marker, as some cameras write between segments (damage after
+/// which a scan ends early looks the same), and a version, a colour transform or a colour profile that is not used.
 const HARMLESS: [sys::J_MESSAGE_CODE; 4] =
     [sys::JWRN_EXTRANEOUS_DATA, sys::JWRN_JFIF_MAJOR, sys::JWRN_ADOBE_XFORM, sys::JWRN_BOGUS_ICC];
 

@@ -48,7 +48,10 @@ pub(crate) type Block = (i64, i64);
 impl<'a> Pairs<'a> {
     pub(crate) fn new(op: &'static str, a: &'a Tensor, b: &'a Tensor) -> Self {
         // Centring: products lose less precision near the origin.
-        let centre = a.mean_dim([0_i64].as_slice(), true, Kind::Double);
+        // In parts: a mean in `f64` would convert all rows at once.
+        let sum_of = |rows: &Tensor| rows.sum_dim_intlist([0_i64].as_slice(), true, Kind::Double);
+        let sums = columns(a.size()[0]).map(|(start, len)| sum_of(&rows_of(a, start, len)));
+        let centre = sum_of(&Tensor::cat(&sums.collect::<Vec<_>>(), 0)) / a.size()[0] as f64;
         let lengths = [a, b].map(|rows| {
             let of_part = |(start, len)| row_sums(&(rows_of(rows, start, len) - &centre).square());
             Tensor::cat(&columns(rows.size()[0]).map(of_part).collect::<Vec<_>>(), 0)
@@ -107,8 +110,9 @@ impl Tile<'_, '_> {
     /// Squared distances `[len, columns]` of a block, up to `rounding`.
     pub(crate) fn squares(&self, (start, len): Block) -> Result<Tensor> {
         let Pairs { op, a, centre, lengths: [of_a, of_b], .. } = self.pairs;
-        let a = rows_of(a, start, len) - centre;
-        let mut squares = a.f_matmul(&(&self.centred * -2.0).tr()).map_err(torch(op))?;
+        // Of the two factors, the block is the small one.
+        let a = (rows_of(a, start, len) - centre) * -2.0;
+        let mut squares = a.f_matmul(&self.centred.tr()).map_err(torch(op))?;
         squares += of_a.narrow(0, start, len).unsqueeze(1);
         squares += of_b.narrow(0, self.columns.0, self.columns.1);
         Ok(squares)

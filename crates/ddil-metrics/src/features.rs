@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ddil_files::Invalid;
+use ddil_files::{Invalid, hex};
 use ddil_libtorch::{ArgumentError, ensure_script_archive};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -319,10 +319,5 @@ pub(crate) fn in_batches(
 
 /// SHA-256 in hexadecimal.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut hex, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
+    hex(&Sha256::digest(bytes))
 }

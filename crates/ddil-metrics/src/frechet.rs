@@ -4,7 +4,7 @@ use ddil_libtorch::ArgumentError;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::error::{Error, Result, ensure_features, ensure_numbers, torch};
+use crate::error::{Error, Result, ensure_features, ensure_rows, torch};
 
 /// Mean and covariance of features, accumulated batch by batch.
 ///
@@ -158,11 +158,7 @@ impl Statistics {
     /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape), [`Error::NonFinite`].
     pub fn from_features(features: &Tensor) -> Result<Self> {
         let mut moments = Moments::new();
-        ensure_numbers("Statistics::from_features", "features", features)?;
-        if features.dim() != 2 {
-            // An error with the shape.
-            moments.extend(features)?;
-        }
+        let features = ensure_rows("Statistics::from_features", "features", features, 2)?;
         for rows in features.split(ROWS_AT_ONCE, 0) {
             moments.extend(&rows)?;
         }

@@ -150,7 +150,7 @@ impl Prepared {
         let Fitted { config, data, prompts, stage } = Fitted::new(config, &teacher)?;
         let schedule = teacher.network.schedule().clone();
         let num_labels = teacher.network.config().num_class_embeds();
-        // Grids, and whoever samples the student, need a name for each class.
+        // Grids, and `ddil sample` of the student, require a name for each class.
         let class_names =
             TeacherClasses::of(&teacher).map_or_else(Vec::new, |own| own.card_names());
         let Pipeline { network: teacher, card, parts, .. } = teacher;
@@ -289,7 +289,7 @@ impl DistillTask {
     /// As [`new`](Self::new), except for damaged values of the teacher's weights and lack of memory.
     pub fn check(config: &DistillConfig) -> Result<()> {
         config.ensure()?;
-        config.run.device()?;
+        let device = config.run.device()?;
         let teacher = Pipeline::open_without_weights(&config.teacher.path)?;
         let Fitted { config, data, stage, .. } = Fitted::new(config, &teacher)?;
         let (requirements, network) = (stage.objective.requirements(), &teacher.network);
@@ -297,7 +297,6 @@ impl DistillTask {
             .ensure(network, config.run.seed)?;
         scheduler(&config, network.schedule(), &stage, network)?;
         let card = Card { image_shape: data.image_shape(), ..teacher.card.clone() };
-        let device = config.run.device()?;
         evaluation_of(&config).check(pixels_of(&card, &teacher.parts), device)?;
         Ok(Pipeline::ensure_weights(&config.teacher.path)?)
     }
@@ -440,7 +439,8 @@ impl DistillTask {
     /// The sampling configuration of an evaluation.
     fn evaluation_plan(&self, card: &Card) -> SamplePlan {
         let (own, section) = (self.sample_plan(card), &self.config.evaluate);
-        let batch_size = if self.prompted.is_some() { own.batch_size } else { section.batch_size };
+        let of_latents = self.prompted.is_some().then_some(own.batch_size);
+        let batch_size = of_latents.map_or(section.batch_size, |most| most.min(section.batch_size));
         let plan = SamplePlan { batch_size, seed: section.seed, ..own };
         match section.steps.filter(|steps| *steps != plan.steps) {
             Some(steps) => SamplePlan { steps, timesteps: None, ..plan },

@@ -4,10 +4,10 @@ use std::fmt;
 use std::thread;
 
 use ddil_evaluate::{
-    Drawing, FeatureRows, FeatureStore, Metric, Monitor, ReferenceChoice, Scores, all_images,
-    features_of_drawing, reference_of_images, score, warnings_of,
+    Drawing, FeatureRows, FeatureStore, Metric, Monitor, ReferenceChoice, Scores,
+    features_of_drawing, reference_of_dataset, score, warnings_of,
 };
-use ddil_files::Invalid;
+use ddil_files::{Invalid, listed};
 use ddil_metrics::{FeatureExtractor, Reference};
 use tch::Device;
 
@@ -51,18 +51,26 @@ impl EvaluationConfig<'_> {
         }
         let extractor = self.evaluate.extractor().open(shape, device).map_err(in_table)?;
         let monitor = &mut Watched::new(interrupt);
-        // References of a few thousand images and more are computed once for all runs.
-        let mut store = FeatureStore::in_cache();
         let reference = if self.compares_scaled_images() {
+            // Read again and not stored: scaled images have no files of their own.
             let images = read_images(self.data)?.shuffled(0)?;
-            let all = all_images(&images).map_err(in_table)?;
-            reference_of_images("images/train", &all, &*extractor).map_err(in_table)?
+            reference_of_dataset("images/train", &images, &*extractor, monitor).map_err(in_table)?
         } else {
+            // References of a few thousand images and more are computed once for all runs.
+            let mut store = FeatureStore::in_cache();
             let (choice, threads) = (self.reference()?, self.num_threads());
             choice.open(&*extractor, threads, Some(&mut store), monitor).map_err(in_table)?
         };
         for warning in warnings_of(&reference, &*extractor) {
             tracing::warn!("evaluate: {warning}");
+        }
+        let excluded = &self.data.exclude_classes;
+        if self.evaluate.reference.is_none() && !excluded.is_empty() {
+            tracing::warn!(
+                "evaluate: the reference contains the classes that data.exclude_classes leaves out, {}; \
+                 evaluate.reference names other images",
+                listed(excluded)
+            );
         }
         self.ensure_metric(reference.features().is_some())?;
         Ok(Some(Evaluator { extractor, reference }))

@@ -23,8 +23,10 @@
 use std::{
     error::Error as StdError,
     fs::{self, File},
-    io::{ErrorKind, Read, Seek},
+    io::{self, ErrorKind, Read, Seek},
     path::{Path, PathBuf},
+    thread::sleep,
+    time::Duration,
 };
 
 use ddil_files::{
@@ -302,19 +304,23 @@ impl Drop for RunFolder {
     }
 }
 
-/// Whether a process is using a run folder.
+/// Whether a process is using a run folder. Nothing is written, so the folder need only be readable.
 ///
 /// # Errors
 ///
 /// [`Error::Files`] if the lock cannot be queried.
 pub fn is_in_use(path: &Path) -> Result<bool> {
-    if !path.join(LOCK).exists() {
-        return Ok(false);
-    }
-    match lock(path) {
-        Ok(_) => Ok(false),
-        Err(Error::FolderInUse { .. }) => Ok(true),
-        Err(error) => Err(error),
+    let path = path.join(LOCK);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(Error::io("open", &path)(error)),
+    };
+    // Shared: two processes that only look do not take each other for the run.
+    match FileExt::try_lock_shared(&file) {
+        Ok(is_free) => Ok(!is_free),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(true),
+        Err(error) => Err(Error::io("query", &path)(error)),
     }
 }
 
@@ -360,13 +366,12 @@ pub fn lock_file(path: &Path, locked: &Path) -> Result<File> {
     let mut options = File::options();
     let file = options.read(true).write(true).create(true).truncate(false).open(path);
     let mut file = file.map_err(Error::io("open", path))?;
-    match FileExt::try_lock_exclusive(&file) {
-        Ok(true) => {}
-        Ok(false) => return Err(in_use(locked, &mut file)),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+    if !try_lock(&file).map_err(Error::io("lock", path))? {
+        // A process that only looks, in `is_in_use`, holds it for less than this.
+        sleep(Duration::from_millis(100));
+        if !try_lock(&file).map_err(Error::io("lock", path))? {
             return Err(in_use(locked, &mut file));
         }
-        Err(error) => return Err(Error::io("lock", path)(error)),
     }
     let own = format!("{}\n", Holder::here().to_line());
     file.set_len(0)
@@ -374,6 +379,14 @@ pub fn lock_file(path: &Path, locked: &Path) -> Result<File> {
         .and_then(|()| fault::write_all(Point::LockWrite, path, &mut file, own.as_bytes()))
         .map_err(Error::io("write", path))?;
     Ok(file)
+}
+
+/// False if another process holds the lock.
+fn try_lock(file: &File) -> io::Result<bool> {
+    match FileExt::try_lock_exclusive(file) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        locked => locked,
+    }
 }
 
 fn in_use(folder: &Path, file: &mut File) -> Error {

@@ -314,8 +314,8 @@ pub(crate) struct EvaluateArgs {
     /// clothing, the default for Fashion-MNIST.
     #[arg(long, value_name = "NAME|FILE|FOLDER")]
     pub(crate) extractor: Option<String>,
-    /// How images are converted for a TorchScript file or a folder, which has its own: `clean-fid` (the default for inception-2015-12-05.pt),
-    /// `pytorch-fid`, `torch-fidelity`, `imagenet`, `clip`, or JSON.
+    /// How images are converted: `clean-fid` (the default for inception-2015-12-05.pt), `pytorch-fid`, `torch-fidelity`,
+    /// `imagenet`, `clip`, or JSON. Other TorchScript files require it; a transformers folder has its own.
     #[arg(long, value_name = "INPUT", requires = "extractor")]
     pub(crate) extractor_input: Option<String>,
     /// Pass `true` to a TorchScript file as a second argument, to get features instead of class scores; implied for

@@ -41,7 +41,10 @@ pub enum Error {
         reason: String,
     },
     /// A folder is neither a run nor a comparison.
-    #[error("{} is neither a run (no {}) nor a comparison (no cells/)", path.display(), missing)]
+    #[error("{} is neither a run (no {}) nor a comparison (no cells/ with plan.json or results.json); give a folder that ddil \
+             train, distill or compare wrote",
+        path.display(),
+        missing)]
     NothingToReport {
         /// The folder.
         path: PathBuf,

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use ddil_files::settings::Settings;
+
 /// A commented config file.
 pub(crate) struct Preset {
     /// Its name.
@@ -214,6 +216,21 @@ pub(crate) fn missing_teacher(path: &Path) -> Option<String> {
     known.map(|(teacher, how)| format!("{teacher} does not exist: {how}"))
 }
 
+/// The verb that a config is for, and the key of the config that only this verb has.
+pub(crate) fn verb_of(settings: &Settings) -> Option<(&'static str, &'static str)> {
+    let keys = [
+        ("compare", "axes"),
+        ("compare", "base"),
+        ("distill", "teacher"),
+        ("distill", "mixing"),
+        ("distill", "objective"),
+        ("distill", "student"),
+        ("train", "train"),
+        ("train", "model"),
+    ];
+    keys.into_iter().find(|(_, key)| settings.has(key))
+}
+
 /// The preset with a given name.
 pub(crate) fn find(name: &str) -> Option<&'static Preset> {
     PRESETS.iter().find(|preset| preset.name == name)
@@ -229,7 +246,6 @@ pub(crate) fn nearest(name: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use ddil_core::{PriorSchedule, Priors};
-    use ddil_files::settings::Settings;
     use ddil_trainer::config::DistillConfig;
 
     use super::*;

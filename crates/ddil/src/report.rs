@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use ddil_files::with_causes;
 
 use crate::error::{Error, Result};
 
@@ -50,7 +50,7 @@ impl Kind {
 }
 
 /// Whether a folder is a comparison.
-pub(crate) fn is_comparison(folder: &Path) -> bool {
+fn is_comparison(folder: &Path) -> bool {
     folder.join("cells").is_dir()
         && ["results.json", "plan.json"].iter().any(|name| folder.join(name).is_file())
 }
@@ -66,19 +66,15 @@ pub(crate) fn write(folder: &Path, output: Option<&Path>) -> Result<PathBuf> {
     let path = output.map_or_else(|| folder.join(FILE), Path::to_owned);
     // Before anything is read.
     page::ensure_replaceable(&path)?;
+    let base = if output.is_some() { address_of(folder)? } else { String::new() };
     match kind {
-        Kind::Run => write_page(&path, "run.html", &RunPage::read(folder)?),
+        Kind::Run => page::write(&path, "run.html", &RunPage::read(folder, &base)?),
         Kind::Comparison => {
             write_cells(folder);
-            let base = if output.is_some() { address_of(folder)? } else { String::new() };
-            write_page(&path, "comparison.html", &ComparisonPage::read(folder, &base)?)
+            page::write(&path, "comparison.html", &ComparisonPage::read(folder, &base)?)
         }
     }?;
     Ok(path)
-}
-
-fn write_page(path: &Path, template: &str, page: &impl Serialize) -> Result<()> {
-    page::write(path, template, page)
 }
 
 /// Writes the reports that cells do not have yet: a cell's process writes it at its end, an earlier version did not.
@@ -95,7 +91,7 @@ fn write_cells(folder: &Path) {
 pub(crate) fn write_or_warn(folder: &Path) -> Option<PathBuf> {
     write(folder, None)
         .inspect_err(|error| {
-            tracing::warn!("no report of {}: {}", folder.display(), summary::in_full(error));
+            tracing::warn!("no report of {}: {}", folder.display(), with_causes(error));
         })
         .ok()
 }

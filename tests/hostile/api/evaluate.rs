@@ -5,8 +5,8 @@ use ddil_evaluate::{
     CaptionScorer, Drawing, EvaluationPrompts, ExtractorChoice, FeatureKey, FeatureRows,
     FeatureStore, FolderExtractor, Measurement, Metric, PromptDrawing, PromptMeter, PromptNetworks,
     ReferenceChoice, Unmonitored, all_images, draw, draw_observed, features_as_stored,
-    features_of_drawing, features_of_files, few_images, reference_of_images, score, shift,
-    warnings_of,
+    features_of_drawing, features_of_files, few_images, reference_of_dataset, reference_of_images,
+    score, shift, warnings_of,
 };
 use ddil_metrics::{FeatureExtractor, RawPixels};
 use ddil_models::Placement;
@@ -98,6 +98,13 @@ fn features(cases: &mut Cases) {
     cases.tensors("reference_of_images", &[&images], |t| {
         outcome(reference_of_images("images", &t[0], &extractor))
     });
+    for shape in [[1_i64, 1, 2, 2], [8, 1, 2, 2], [8, 3, 4, 4]] {
+        let pixels = Tensor::zeros(shape, (Kind::Uint8, Device::Cpu));
+        let images = ImageDataset::new(&pixels, None).expect("it takes them");
+        cases.once("reference_of_dataset", &format!("{shape:?}"), || {
+            outcome(reference_of_dataset("images", &images, &extractor, &mut Unmonitored))
+        });
+    }
     let reference = reference_of_images("images", &images, &extractor).expect("it takes them");
     let rows = extractor.features(&images).expect("it takes them");
     cases.tensors("score", &[&rows], |t| outcome(score(&reference, &t[0])));

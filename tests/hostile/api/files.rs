@@ -1,6 +1,6 @@
 use ddil_files::settings::{Settings, differences, inline_toml, to_toml};
 use ddil_files::{
-    Invalid, JsonSettings, ensure_version, listed, open_regular_file, parent, read_bounded,
+    Invalid, JsonSettings, ensure_version, hex, listed, open_regular_file, parent, read_bounded,
     read_json, read_small_json, read_text_bounded, read_versioned, sync_folder, temporary_sibling,
     write_atomic, write_json,
 };
@@ -37,6 +37,12 @@ fn reads(cases: &mut Cases) {
 }
 
 fn settings(cases: &mut Cases) {
+    for bytes in [&[][..], &[0; 1000]] {
+        cases.once("hex", &format!("{} bytes", bytes.len()), || {
+            assert_eq!(hex(bytes).len(), 2 * bytes.len());
+            Ok(())
+        });
+    }
     for count in [0, 1, 20, 21] {
         cases.once("listed", &format!("{count} names"), || {
             let text = listed(vec!["a\n\u{0}"; count]);

@@ -65,7 +65,8 @@ fn wrong_length(key: &str, len: usize, levels: usize) -> Invalid {
 ///
 /// let text = r#"{"reverse_transformer_layers_per_block": [1, 1, 1, [1, 2, 2]]}"#;
 /// let config = UNet2DConditionConfig::from_json(text, UnknownKeys::Refuse)?;
-/// assert_eq!(config.reverse_transformer_layers_per_block.unwrap()[0], TransformerDepth::All(1));
+/// let depths = config.reverse_transformer_layers_per_block.unwrap_or_default();
+/// assert_eq!(depths.first(), Some(&TransformerDepth::All(1)));
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -100,15 +100,7 @@ impl Sealed {
 
 /// The checksum of the compact form, so that white space in the file does not count.
 fn checksum(manifest: &Manifest) -> serde_json::Result<String> {
-    Ok(hex(&Sha256::digest(serde_json::to_vec(manifest)?)))
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}"); // Writing to a string cannot fail.
-        text
-    })
+    Ok(ddil_files::hex(&Sha256::digest(serde_json::to_vec(manifest)?)))
 }
 
 /// The reason why a name cannot be a member's, if there is one: a member must be a plain file in the folder.

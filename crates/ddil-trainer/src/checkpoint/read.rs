@@ -7,7 +7,7 @@ use std::{
 };
 
 use ddil_core::SavedFile;
-use ddil_files::{read_json, read_small_json, with_causes};
+use ddil_files::{hex, read_json, read_small_json, with_causes};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use tch::Tensor;
@@ -16,7 +16,7 @@ use super::{
     MANIFEST,
     damage::Damage,
     manifest::{
-        FORMAT_VERSION, Linked, Manifest, ManifestHeader, Member, Sealed, hex, reason_not_a_member,
+        FORMAT_VERSION, Linked, Manifest, ManifestHeader, Member, Sealed, reason_not_a_member,
     },
     step_of,
     tensors::read_tensors,

@@ -10,7 +10,7 @@ use std::{
 use ddil_core::SavedFile;
 use ddil_files::{
     fault::{self, Point},
-    sync_folder, temporary_sibling, write_atomic,
+    hex, sync_folder, temporary_sibling, write_atomic,
 };
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -18,7 +18,7 @@ use tch::Tensor;
 
 use super::{
     Checkpoint, LATEST, MANIFEST, REPLACED, folder_of,
-    manifest::{Linked, Manifest, Member, hex, reason_not_a_member},
+    manifest::{Linked, Manifest, Member, reason_not_a_member},
     tensors::write_tensors,
 };
 use crate::{Error, Result};

@@ -22,7 +22,7 @@ pub struct EvaluateSection {
     /// Number of sampling steps; default the student's own, or `train.sample_steps`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u32>,
-    /// Samples per network call; default 100.
+    /// Samples per network call; default 100, and at most 4 for a text-to-image student.
     pub batch_size: u32,
     /// Seed of the noise; default 0.
     pub seed: u64,
@@ -35,7 +35,8 @@ pub struct EvaluateSection {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub return_features: bool,
     /// The images to compare with, as for `ddil evaluate --reference`: a folder of images, `fashion_mnist`, or a file of
-    /// statistics. The default is the data's held-out images, or its training images if there are none.
+    /// statistics. The default is the data's held-out images, or all of its images if there are none, also
+    /// those that `exclude_classes` and `max_samples` leave out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference: Option<PathBuf>,
 }

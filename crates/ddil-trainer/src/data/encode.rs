@@ -1,7 +1,6 @@
 //! Encodes images and prompts with the teacher's own encoders, once, into a folder.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
@@ -12,8 +11,7 @@ use ddil_data::{
     CaptionedImage, CroppedImage, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts,
     read_cropped,
 };
-use ddil_files::Invalid;
-use ddil_files::{TEMPORARY, parent, sync_folder, write_json};
+use ddil_files::{Invalid, TEMPORARY, hex, parent, sync_folder, write_json};
 use ddil_pipelines::{EncodedPrompts, PipelineParts, TextToImageComponents};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
@@ -352,11 +350,7 @@ pub(super) fn key(
             note(signature(pipeline_parts.path(), &file)?);
         }
     }
-    Ok(hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
-        // Writing to a `String` cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    }))
+    Ok(hex(&hash.finalize()))
 }
 
 /// Name, size and time of a file.

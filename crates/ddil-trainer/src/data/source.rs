@@ -292,7 +292,6 @@ fn encoding(
     Ok(encoding)
 }
 
-/// All images of a config, with the labels of their own classes.
 /// All images of pixel data, with the labels of their own classes; scaled if the config has a resolution.
 ///
 /// # Errors
@@ -348,11 +347,9 @@ fn read_folder(path: &Path, resolution: Option<u32>) -> Result<ImageDataset> {
     };
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
     read_image_folder_scaled(path, [side.into(); 2], threads).map_err(|error| match error {
-        ddil_data::Error::Invalid(_) => Error::Invalid(Invalid::new(
-            "data.resolution",
-            side,
-            "a height and width from 1 to 65536",
-        )),
+        ddil_data::Error::Invalid(Invalid { expected, .. }) => {
+            Error::Invalid(Invalid::new("data.resolution", side, expected))
+        }
         error => error.into(),
     })
 }

@@ -80,7 +80,7 @@ fn row(path: &Path, below: &Path) -> Vec<String> {
             ]
         }
         Err(error) => {
-            let rest = [String::new(), error.to_string(), String::new(), bytes];
+            let rest = [String::new(), ddil_files::with_causes(&error), String::new(), bytes];
             [name, "unreadable".to_owned()].into_iter().chain(rest).collect()
         }
     }

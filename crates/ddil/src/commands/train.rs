@@ -176,11 +176,10 @@ fn run<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<ExitCode> {
     });
     // Also of a run that failed: its curves may show why.
     let page = crate::report::write_or_warn(session.folder().path());
-    let text = report(&outcome?, &config, session.folder().path());
     if let Some(page) = page {
         print(&format!("curves and samples: {}\n", page.display()))?;
     }
-    print(&text)?;
+    print(&report(&outcome?, &config, session.folder().path()))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -216,7 +215,7 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
     };
     let mut settings = Settings::from_file(&path)?;
     // From the file alone: an override with a key of another verb is a wrong override.
-    let verb_of_file = verb_of(&settings);
+    let verb_of_file = presets::verb_of(&settings);
     // Overrides of the command line come last and win.
     for text in changes.iter().copied().chain(args.overrides.iter().map(String::as_str)) {
         settings.set(text)?;
@@ -230,21 +229,6 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
         }
         _ => error.into(),
     })
-}
-
-/// The verb that a config is for, recognised by a key that only this verb has.
-fn verb_of(settings: &Settings) -> Option<(&'static str, &'static str)> {
-    let keys = [
-        ("compare", "axes"),
-        ("compare", "base"),
-        ("distill", "teacher"),
-        ("distill", "mixing"),
-        ("distill", "objective"),
-        ("distill", "student"),
-        ("train", "train"),
-        ("train", "model"),
-    ];
-    keys.into_iter().find(|(_, key)| settings.has(key))
 }
 
 /// Starts a new run; an error in the task leaves no folder behind.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use ddil_data::Captions;
 use ddil_evaluate::MIN_SAMPLES;
 use ddil_files::settings::{Settings, to_toml};
-use ddil_files::with_causes;
+use ddil_files::{hex, with_causes};
 use ddil_trainer::config::{DataKind, DataSection, DistillConfig};
 use serde::{Deserialize, Serialize, Serializer};
 use sha2::{Digest, Sha256};
@@ -368,9 +368,14 @@ impl EvaluateConfig {
             }
         }
         if self.prompts.is_some() {
-            if self.clip.is_none() && self.lpips.is_none() && !self.compares_features() {
+            // LPIPS, and features without a reference, measure how images of one prompt differ.
+            let has_several = self.images_per_prompt.is_some_and(|images| images > 1);
+            let compares = self.reference.is_some() && self.compares_features();
+            let of_several = self.lpips.is_some() || self.compares_features();
+            if self.clip.is_none() && !compares && !(of_several && has_several) {
                 problems.push(
-                    "`evaluate.prompts` is set and nothing to measure: set `clip`, `lpips`, or `reference` with an `extractor`"
+                    "`evaluate.prompts` is set and nothing to measure: set `clip`, `reference` with an `extractor`, or \
+                     `lpips` or an `extractor` with `images_per_prompt` of 2 or more"
                         .to_owned(),
                 );
             }
@@ -677,10 +682,6 @@ impl Problems {
 
 pub(super) fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
 }
 
 /// The config without the fields that differ between two cells of the same settings.

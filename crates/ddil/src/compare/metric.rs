@@ -64,6 +64,28 @@ impl Metric {
         }
     }
 
+    /// A title.
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Frechet => "Fréchet distance to the data",
+            Self::ToTeacher => "Fréchet distance to the teacher",
+            Self::Precision => "Precision",
+            Self::Recall => "Recall",
+            Self::Density => "Density",
+            Self::Coverage => "Coverage",
+            Self::Shift => "Shift",
+            Self::ClipCosine => "CLIP score, mean cosine",
+            Self::Diversity => "Distance between images of a prompt",
+            Self::ClipDistance => "1 - cosine between images of a prompt",
+            Self::Lpips => "LPIPS between images of a prompt",
+        }
+    }
+
+    /// Whether a smaller value is better.
+    pub(crate) fn lower_is_better(self) -> bool {
+        matches!(self, Self::Frechet | Self::ToTeacher | Self::Shift)
+    }
+
     /// Its value in a measurement, if present.
     pub fn of(self, measurement: &Measurement) -> Option<f64> {
         match self {

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ddil_files::settings::{Settings, to_toml};
-use ddil_files::{Invalid, write_atomic};
+use ddil_files::{Invalid, hex, write_atomic};
 use ddil_trainer::DistillTask;
 use ddil_trainer::config::DistillConfig;
 use ddil_trainer::run_folder::{RunFolder, State, Status, lock_file};
@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
 use super::item::{PlannedCell, PlannedTeacher, WorkItem};
-use super::matrix::{Matrix, Problems, hex};
+use super::matrix::{Matrix, Problems};
 use super::record::{CellRecord, NamedRows, Outcome};
 use super::setting::{Setting, TeacherSamples};
 use crate::error::{Error, Result};

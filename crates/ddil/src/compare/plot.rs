@@ -135,15 +135,7 @@ pub fn quality(report: &ComparisonReport) -> std::result::Result<String, String>
         let is_distance = matches!(metric, Metric::Frechet | Metric::ToTeacher);
         let y_scale = if is_distance { Scale::Log } else { Scale::Linear };
         Panel {
-            title: match metric {
-                Metric::Frechet => "Fréchet distance to the data".to_owned(),
-                Metric::ToTeacher => "Fréchet distance to the teacher".to_owned(),
-                Metric::ClipCosine => "CLIP score, mean cosine".to_owned(),
-                Metric::Diversity => "Distance between images of a prompt".to_owned(),
-                Metric::ClipDistance => "1 - cosine between images of a prompt".to_owned(),
-                Metric::Lpips => "LPIPS between images of a prompt".to_owned(),
-                other => other.as_str().to_owned(),
-            },
+            title: metric.title().to_owned(),
             x_title: "steps",
             x_marks: steps.iter().map(|n| (f64::from(*n).log2(), n.to_string())).collect(),
             y_scale,

@@ -147,6 +147,11 @@ impl Setting {
     pub(crate) fn measured_as(&self, target: Option<&TeacherSamples>) -> String {
         let target = target.map(TeacherSamples::key);
         let parts = (&self.evaluate, self.data.kind, &self.data.path, target);
-        sha256(&serde_json::to_vec(&parts).unwrap_or_default())
+        let mut bytes = serde_json::to_vec(&parts).unwrap_or_default();
+        // The prompts themselves: the file may be edited under the same name.
+        if let Some(prompts) = &self.evaluate.prompts {
+            bytes.extend(std::fs::read(prompts).unwrap_or_default());
+        }
+        sha256(&bytes)
     }
 }

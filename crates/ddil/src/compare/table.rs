@@ -69,7 +69,7 @@ pub fn markdown(rows: &[Vec<String>]) -> String {
 }
 
 /// At least one column, for entries without axes.
-fn axes(report: &ComparisonReport) -> Vec<String> {
+pub(crate) fn axes(report: &ComparisonReport) -> Vec<String> {
     match report.axes.as_slice() {
         [] => vec!["model".to_owned()],
         axes => axes.iter().map(|axis| axis.name.clone()).collect(),

@@ -127,9 +127,9 @@ impl Chart {
         self
     }
 
-    /// Whether points were left out.
-    pub(crate) fn is_reduced(&self, num_points: usize) -> bool {
-        self.xs.len() < num_points
+    /// Whether its positions are parts of several records.
+    pub(crate) fn is_reduced(&self) -> bool {
+        self.lines.iter().any(|line| !line.lows.is_empty())
     }
 
     /// One position for each of [`PARTS`] parts, if there are more than twice as many.
@@ -430,7 +430,7 @@ mod tests {
         values[70_000] = Some(f64::NAN);
         let charts = of_run(&metrics(&[("loss", values)]), &Metrics::default());
         let (chart, line) = (&charts[0], &charts[0].lines[0]);
-        assert!(chart.is_reduced(100_000) && chart.xs.len() <= PARTS, "{}", chart.xs.len());
+        assert!(chart.is_reduced() && chart.xs.len() <= PARTS, "{}", chart.xs.len());
         let lengths = [&line.values, &line.lows, &line.highs].map(Vec::len);
         assert_eq!(lengths, [chart.xs.len(); 3]);
         assert!(chart.xs.is_sorted());

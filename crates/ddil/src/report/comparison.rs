@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
+use ddil_files::with_causes;
 use serde::Serialize;
 
 use super::charts::{Chart, Line};
-use super::forest::{self, Forest, lower_is_better};
+use super::forest::{self, Forest};
 use super::metrics::shown;
 use super::samples::strip;
-use super::summary::{FILE, RunState, in_full, is_run, name_of};
+use super::summary::{FILE, RunState, is_run, name_of};
 use crate::compare::folder::ComparisonFolder;
 use crate::compare::metric::Metric;
 use crate::compare::{
@@ -106,8 +107,8 @@ impl ComparisonPage {
                     .to_owned(),
             );
         }
-        let cells = cells(&report, plan.as_ref(), &folder, base);
         let metrics = shown_metrics(&report);
+        let cells = cells(&report, &metrics, plan.as_ref(), &folder, base);
         let mut charts: Vec<Chart> = metrics.iter().filter_map(|m| quality(&report, *m)).collect();
         charts.extend(shift(&report.shifts()));
         Ok(Self {
@@ -116,7 +117,7 @@ impl ComparisonPage {
             is_live: cells.iter().any(|cell| cell.state == RunState::Running.as_str()),
             num_cells: cells.len(),
             num_ended: cells.iter().filter(|cell| ENDED.contains(&cell.state)).count(),
-            axes: axes(&report),
+            axes: table::axes(&report),
             rows: rows(&report, &metrics),
             metrics: metrics.into_iter().map(Head::of).collect(),
             forests: forest::of(&report),
@@ -137,8 +138,8 @@ impl Head {
     fn of(metric: Metric) -> Self {
         Self {
             name: metric.as_str(),
-            title: forest::title(metric),
-            lower_is_better: lower_is_better(metric),
+            title: metric.title(),
+            lower_is_better: metric.lower_is_better(),
         }
     }
 }
@@ -202,13 +203,6 @@ fn about(report: &ComparisonReport, plan: Option<&PlanFile>) -> String {
     let data = report.entries.iter().find_map(|entry| entry.measurement.as_ref());
     let data = data.map_or(String::new(), |m| format!(", measured against {}", m.dataset));
     format!("Compares {varied}, {seeds}{data}.")
-}
-
-fn axes(report: &ComparisonReport) -> Vec<String> {
-    match report.axes.as_slice() {
-        [] => vec!["model".to_owned()],
-        axes => axes.iter().map(|axis| axis.name.clone()).collect(),
-    }
 }
 
 fn rows(report: &ComparisonReport, metrics: &[Metric]) -> Vec<ResultRow> {
@@ -287,8 +281,8 @@ fn quality(report: &ComparisonReport, metric: Metric) -> Option<Chart> {
     all.extend(plot::levels_of(report, metric).into_iter().map(level));
     let places = counts.iter().map(ToString::to_string).collect();
     let id = format!("quality_{}", metric.as_str().replace(' ', "_"));
-    let chart = Chart::over_places(&id, forest::title(metric), "steps", places);
-    Some(Chart { lines: all, group: "steps", is_log: lower_is_better(metric), ..chart }.finished())
+    let chart = Chart::over_places(&id, metric.title(), "steps", places);
+    Some(Chart { lines: all, group: "steps", is_log: metric.lower_is_better(), ..chart }.finished())
 }
 
 /// The shift by timestep, one line per arm.
@@ -328,7 +322,7 @@ fn strips(report: &ComparisonReport, notes: &mut Vec<String>) -> Vec<Strip> {
         // The same noise in each column.
         match strip(&images.narrow(0, 0, columns.unwrap_or(0))) {
             Ok(src) => strips.push(Strip { name: name.clone(), src }),
-            Err(error) => notes.push(format!("{name}: {}", in_full(&error))),
+            Err(error) => notes.push(format!("{name}: {}", with_causes(&error))),
         }
     }
     strips
@@ -337,6 +331,7 @@ fn strips(report: &ComparisonReport, notes: &mut Vec<String>) -> Vec<Strip> {
 /// Every planned cell; without a plan, every cell that has an entry.
 fn cells(
     report: &ComparisonReport,
+    metrics: &[Metric],
     plan: Option<&PlanFile>,
     folder: &ComparisonFolder,
     base: &str,
@@ -348,7 +343,6 @@ fn cells(
         }
     };
     names.dedup();
-    let metrics = shown_metrics(report);
     let row = |(name, seed): (String, Option<u64>)| {
         let of_cell = || report.of_kind(EntryKind::Cell).filter(|entry| entry.name == name);
         let own = of_cell().find(|entry| entry.own_steps).or_else(|| of_cell().next());

@@ -10,7 +10,6 @@ use super::metrics::shown;
 /// The differences in one metric.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct Forest {
-    metric: &'static str,
     title: &'static str,
     lower_is_better: bool,
     /// Where zero is, in percent of the width.
@@ -51,28 +50,6 @@ enum Verdict {
     Worse,
     /// Within two standard errors of zero, or of unknown error.
     Open,
-}
-
-/// A title for each metric.
-pub(super) fn title(metric: Metric) -> &'static str {
-    match metric {
-        Metric::Frechet => "Fréchet distance to the data",
-        Metric::ToTeacher => "Fréchet distance to the teacher",
-        Metric::Precision => "Precision",
-        Metric::Recall => "Recall",
-        Metric::Density => "Density",
-        Metric::Coverage => "Coverage",
-        Metric::Shift => "Shift",
-        Metric::ClipCosine => "CLIP score, mean cosine",
-        Metric::Diversity => "Distance between images of a prompt",
-        Metric::ClipDistance => "1 - cosine between images of a prompt",
-        Metric::Lpips => "LPIPS between images of a prompt",
-    }
-}
-
-/// Whether a smaller value is better.
-pub(super) fn lower_is_better(metric: Metric) -> bool {
-    matches!(metric, Metric::Frechet | Metric::ToTeacher | Metric::Shift)
 }
 
 /// A plot for each metric in which there are differences.
@@ -122,9 +99,8 @@ impl Forest {
         });
         let rows: Vec<ForestRow> = rows.collect();
         (!rows.is_empty()).then(|| Self {
-            metric: metric.as_str(),
-            title: title(metric),
-            lower_is_better: lower_is_better(metric),
+            title: metric.title(),
+            lower_is_better: metric.lower_is_better(),
             zero: scale.place(0.0),
             ticks: scale.ticks(),
             rows,
@@ -139,7 +115,7 @@ fn steps(steps: u32) -> String {
 
 fn verdict(metric: Metric, num_errors: Option<f64>) -> Verdict {
     match num_errors {
-        Some(n) if n.abs() > 2.0 && (n < 0.0) == lower_is_better(metric) => Verdict::Better,
+        Some(n) if n.abs() > 2.0 && (n < 0.0) == metric.lower_is_better() => Verdict::Better,
         Some(n) if n.abs() > 2.0 => Verdict::Worse,
         _ => Verdict::Open,
     }

@@ -45,13 +45,12 @@ const SCRIPTS: [&str; 4] = [
     include_str!("assets/report.js"),
 ];
 
-/// Renders a template as a page and writes it; the file is complete or absent.
+/// Renders a template as a page and writes it in one step, over a file that [`ensure_replaceable`] has checked.
 ///
 /// # Errors
 ///
-/// [`Error::Report`] if there is a file that is not a report, or if the template fails; errors of the file system.
+/// [`Error::Report`] if the template fails; errors of the file system.
 pub(super) fn write(path: &Path, template: &str, page: &impl Serialize) -> Result<()> {
-    ensure_replaceable(path)?;
     let html = render(template, page)
         .map_err(|error| Error::Report { path: path.to_owned(), reason: format!("{error:#}") })?;
     Ok(write_atomic(path, html.as_bytes())?)

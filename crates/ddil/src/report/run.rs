@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use ddil_evaluate::Measurement;
+use ddil_files::with_causes;
 use ddil_trainer::checkpoint;
 use ddil_trainer::{RunEnvironment, SessionEnvironment};
 use serde::Serialize;
@@ -13,9 +15,9 @@ use super::metrics::{Figure, shown};
 use super::page::{Moment, duration, size};
 use super::samples::Samples;
 use super::settings::{BesidePreset, RunConfig};
-use super::summary::{METRICS, RunState, Summary, TIMINGS, in_full, size_on_disk};
+use super::summary::{FILE, METRICS, RunState, Summary, TIMINGS, size_on_disk};
+use crate::compare::metric::Metric;
 use crate::error::{Error, Result};
-use ddil_evaluate::Measurement;
 
 /// The data of a run's page.
 #[derive(Debug, Serialize)]
@@ -55,7 +57,7 @@ pub(crate) struct RunPage {
     sessions: Vec<(u64, Vec<[String; 2]>)>,
     log: Log,
     /// The report of the comparison that the run is a cell of.
-    comparison: Option<&'static str>,
+    comparison: Option<String>,
 }
 
 /// The last value of a figure.
@@ -118,12 +120,13 @@ struct LogLine {
 }
 
 impl RunPage {
-    /// Reads a run folder. A file that is missing or damaged leaves out its part of the page, with a note.
+    /// Reads a run folder. A file that is missing or damaged leaves out its part of the page, with a note. `base` is the
+    /// address of the folder as seen from the page.
     ///
     /// # Errors
     ///
     /// No readable status; figures that cannot be read.
-    pub(super) fn read(folder: &Path) -> Result<Self> {
+    pub(super) fn read(folder: &Path, base: &str) -> Result<Self> {
         let summary = Summary::read(folder)?;
         let mut notes = notes(&summary);
         let measurements = or_note(measurements(folder), &mut notes);
@@ -140,10 +143,11 @@ impl RunPage {
         };
         let (latest, clipped) = (of_latest(false), of_latest(true));
         let (facts, config) = (facts(&summary, folder), summary.config.as_ref().ok());
-        let in_comparison = folder.parent().is_some_and(|parent| {
-            parent.file_name().is_some_and(|name| name == "cells")
-                && ["plan.json", "results.json"].iter().any(|f| parent.with_file_name(f).is_file())
-        });
+        let in_comparison = folder
+            .parent()
+            .filter(|parent| parent.ends_with("cells"))
+            .and_then(Path::parent)
+            .is_some_and(super::is_comparison);
         Ok(Self {
             name: summary.name(),
             path: folder.display().to_string(),
@@ -155,9 +159,7 @@ impl RunPage {
             total: summary.total,
             percent: summary.total.map(|total| 100 * summary.step.min(total) / total.max(1)),
             error: summary.error.clone(),
-            is_reduced: charts.iter().any(|chart| {
-                chart.group == "updates" && chart.is_reduced(summary.metrics.steps.len())
-            }),
+            is_reduced: charts.iter().any(Chart::is_reduced),
             num_records: summary.metrics.steps.len(),
             latest,
             clipped,
@@ -172,7 +174,7 @@ impl RunPage {
             sessions: environment
                 .map(|e| e.later.iter().map(|s| (s.step, facts_of(s))).collect())
                 .unwrap_or_default(),
-            comparison: in_comparison.then_some("../../report.html"),
+            comparison: in_comparison.then(|| format!("{base}../../{FILE}")),
             notes,
             facts,
             charts,
@@ -186,7 +188,7 @@ impl RunPage {
 /// The value, or its default with a note about the error.
 fn or_note<T: Default>(found: Result<T>, notes: &mut Vec<String>) -> T {
     found.unwrap_or_else(|error| {
-        notes.push(in_full(&error));
+        notes.push(with_causes(&error));
         T::default()
     })
 }
@@ -248,47 +250,41 @@ impl Latest {
     }
 }
 
+type ValueOf = fn(&Measurement) -> Option<f64>;
+
+/// The metrics of the table, with their names.
+const COLUMNS: [(&str, ValueOf); 12] = [
+    ("Fréchet", |m| m.frechet),
+    ("to teacher", |m| m.frechet_to_teacher),
+    ("KID", |m| m.kid),
+    ("precision", |m| m.precision),
+    ("recall", |m| m.recall),
+    ("density", |m| m.density),
+    ("coverage", |m| m.coverage),
+    ("CLIP cosine", |m| Metric::ClipCosine.of(m)),
+    ("CLIP score", |m| m.clip_score.as_ref().map(|score| score.torchmetrics)),
+    ("diversity", |m| Metric::Diversity.of(m)),
+    ("CLIP distance", |m| Metric::ClipDistance.of(m)),
+    ("LPIPS", |m| Metric::Lpips.of(m)),
+];
+
 /// A table of the measurements, with the metrics that at least one of them has.
 impl Measured {
     fn of(measurements: &[Measurement]) -> Option<Self> {
-        let all: Vec<[Option<f64>; NAMES.len()]> = measurements.iter().map(values_of).collect();
-        let is_present = |column: &usize| all.iter().any(|values| values[*column].is_some());
-        let columns: Vec<usize> = (0..NAMES.len()).filter(is_present).collect();
+        let is_present = |(_, of): &&(&str, ValueOf)| measurements.iter().any(|m| of(m).is_some());
+        let columns: Vec<_> = COLUMNS.iter().filter(is_present).collect();
         let exact = |value: f64| [value.to_string(), shown(value)];
-        let row =
-            |(measurement, values): (&Measurement, &[Option<f64>; NAMES.len()])| MeasuredRow {
-                dataset: measurement.dataset.clone(),
-                steps: measurement.steps,
-                samples: measurement.samples,
-                values: columns.iter().map(|column| values[*column].map(exact)).collect(),
-            };
+        let row = |measurement: &Measurement| MeasuredRow {
+            dataset: measurement.dataset.clone(),
+            steps: measurement.steps,
+            samples: measurement.samples,
+            values: columns.iter().map(|(_, of)| of(measurement).map(exact)).collect(),
+        };
         (!measurements.is_empty()).then(|| Self {
-            names: columns.iter().map(|column| NAMES[*column]).collect(),
-            rows: measurements.iter().zip(&all).map(row).collect(),
+            names: columns.iter().map(|(name, _)| *name).collect(),
+            rows: measurements.iter().map(row).collect(),
         })
     }
-}
-
-const NAMES: [&str; 9] = [
-    "Fréchet",
-    "to teacher",
-    "KID",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "CLIP score",
-    "diversity",
-];
-
-fn values_of(measurement: &Measurement) -> [Option<f64>; NAMES.len()] {
-    let clip = measurement.clip_score.as_ref().map(|score| score.torchmetrics);
-    let diversity = measurement.diversity.as_ref();
-    let diversity = diversity.and_then(|found| found.euclidean.as_ref()).map(|found| found.mean);
-    let Measurement {
-        frechet, frechet_to_teacher, kid, precision, recall, density, coverage, ..
-    } = *measurement;
-    [frechet, frechet_to_teacher, kid, precision, recall, density, coverage, clip, diversity]
 }
 
 fn measurements(folder: &Path) -> Result<Vec<Measurement>> {

@@ -31,33 +31,35 @@ struct Frame {
 }
 
 /// A grid of the teacher's samples among those of a run.
-pub(crate) const TEACHER: &str = "teacher.png";
+const TEACHER: &str = "teacher.png";
 /// The maximum number of grids in a page, and their size in all.
 const MAX_FRAMES: usize = 24;
 const MAX_BYTES: u64 = 12_000_000;
 
 impl Samples {
     /// Reads the grids of a run, and leaves out some if they are many: the rest are evenly spaced, with the first and the
-    /// last.
+    /// last. A single one that is too large is left out too.
     ///
     /// # Errors
     ///
     /// Errors of the file system.
     pub(super) fn read(folder: &Path) -> Result<Self> {
-        let grids = grids(folder);
-        let bytes: u64 =
-            grids.iter().filter_map(|(_, path)| fs::metadata(path).ok()).map(|m| m.len()).sum();
+        let found = grids(folder);
+        let len = |path: &Path| fs::metadata(path).map_or(0, |found| found.len());
+        let fits = |path: &Path| len(path) <= MAX_BYTES;
+        let grids: Vec<_> = found.iter().filter(|(_, path)| fits(path)).collect();
+        let bytes: u64 = grids.iter().map(|(_, path)| len(path)).sum();
         let mean = bytes / grids.len().max(1) as u64;
         let most = MAX_FRAMES.min((MAX_BYTES / mean.max(1)) as usize).max(1);
         let kept = evenly(grids.len(), most);
         let frame = |index: &usize| {
-            let (step, path) = &grids[*index];
+            let (step, path) = grids[*index];
             Ok(Frame { step: *step, src: address(path)? })
         };
         let frames = kept.iter().map(frame).collect::<Result<Vec<_>>>()?;
         let teacher = folder.join(TEACHER);
-        let teacher = teacher.is_file().then(|| address(&teacher)).transpose()?;
-        Ok(Self { num_left_out: grids.len() - frames.len(), frames, teacher })
+        let teacher = (teacher.is_file() && fits(&teacher)).then(|| address(&teacher));
+        Ok(Self { num_left_out: found.len() - frames.len(), frames, teacher: teacher.transpose()? })
     }
 }
 

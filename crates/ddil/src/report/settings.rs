@@ -11,7 +11,7 @@ use serde::Serialize;
 use toml::Value;
 
 use crate::error::Result;
-use crate::presets::PRESETS;
+use crate::presets::{PRESETS, verb_of};
 
 /// The config of a run of either verb.
 #[derive(Clone, Debug)]
@@ -54,10 +54,9 @@ impl RunConfig {
     /// Errors of the file system; settings that this version does not know.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let settings = Settings::from_file(path)?;
-        Ok(if ["teacher", "objective", "student", "mixing"].iter().any(|key| settings.has(key)) {
-            Self::Distill(Box::new(settings.build()?))
-        } else {
-            Self::Train(Box::new(settings.build()?))
+        Ok(match verb_of(&settings) {
+            Some(("distill", _)) => Self::Distill(Box::new(settings.build()?)),
+            _ => Self::Train(Box::new(settings.build()?)),
         })
     }
 

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use ddil_trainer::run_folder::{State, Status, is_in_use};
-use serde::Serialize;
 
 use super::metrics::Metrics;
 use super::settings::RunConfig;
@@ -21,8 +20,7 @@ pub(crate) const METRICS: &str = "metrics.jsonl";
 pub(super) const TIMINGS: &str = "timings.jsonl";
 
 /// The state of a run, in a word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RunState {
     /// A process is working on it.
     Running,
@@ -97,7 +95,8 @@ impl Summary {
     /// No readable status; errors of the file system.
     pub(crate) fn read(folder: &Path) -> Result<Self> {
         let (state, status) = RunState::of(folder)?;
-        let config = RunConfig::read(&folder.join("config.toml")).map_err(|error| in_full(&error));
+        let config = RunConfig::read(&folder.join("config.toml"))
+            .map_err(|error| ddil_files::with_causes(&error));
         let metrics = Metrics::read(&folder.join(METRICS))?;
         let timings = Metrics::read(&folder.join(TIMINGS))?;
         // The status has the step of the last checkpoint.
@@ -125,11 +124,6 @@ impl Summary {
     pub(crate) fn seconds(&self) -> Option<f64> {
         self.timings.columns.get("seconds")?.last().copied().flatten()
     }
-}
-
-/// An error with its causes.
-pub(super) fn in_full(error: &dyn std::error::Error) -> String {
-    ddil_files::with_causes(error)
 }
 
 /// Whether a folder is a run.

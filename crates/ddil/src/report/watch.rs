@@ -24,9 +24,10 @@ pub(crate) fn watch(
 ) -> anyhow::Result<bool> {
     let mut shown = None;
     loop {
-        // Looked at first: what changes while the page is written is shown by the next one.
-        let (now, ended) = (seen(folder), has_ended(folder)?);
-        if shown.as_ref() != Some(&now) {
+        // The end first, then the files: what changes while the page is written is shown by the next one. A killed
+        // process changes no file.
+        let (ended, now) = (has_ended(folder)?, seen(folder));
+        if ended || shown.as_ref() != Some(&now) {
             renew()?;
             shown = Some(now);
         }

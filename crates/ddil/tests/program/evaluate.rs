@@ -187,81 +187,88 @@ fn a_model_is_measured_against_its_own_data() -> TestResult {
     Ok(())
 }
 
+/// `ddil evaluate` with these arguments is refused with these words.
+#[track_caller]
+fn refused(workshop: &Workshop, arguments: &[&str], words: &[&str]) {
+    workshop.ddil(&[&["evaluate"], arguments].concat()).refused(words);
+}
+
+/// The arguments of the traced network, with an input.
+fn with(input: &str) -> [&str; 4] {
+    ["--extractor", "network.pt", "--extractor-input", input]
+}
+
 #[test]
 fn what_cannot_be_compared_is_refused_before_it_is_drawn() -> TestResult {
     let workshop = Workshop::with_teacher();
     network(&workshop)?;
     images(&workshop.path("real"), 4, 60)?;
     images(&workshop.path("one"), 1, 60)?;
-    let refused = |arguments: &[&str], words: &[&str]| {
-        workshop.ddil(&[&["evaluate"], arguments].concat()).refused(words);
-    };
-    let with = |input| ["--extractor", "network.pt", "--extractor-input", input];
-    // Nothing is scored against clothing unless someone says so.
-    refused(&["teacher"], &["--reference", "--data"]);
-    refused(&["real"], &["--reference", "--data"]);
-    refused(
-        &["real", "--reference", "real"],
-        &["--extractor is not set", "inception-2015-12-05.pt"],
-    );
-    refused(&["teacher", "--data", "data"], &["--extractor is not set"]);
-    refused(
-        &["teacher", "--data", "data", "--extractor", "fashion_classifier"],
-        &["[1 or more, 1, 32, 32]"],
-    );
-    refused(
-        &["real", "--reference", "real", "--extractor", "network.pt"],
-        &["--extractor-input", "clean-fid"],
-    );
-    refused(
-        &["real", "--reference", "real", "--extractor", "none.pt"],
-        &["none.pt", "TorchScript"],
-    );
-    refused(
-        &[&["real", "--reference", "real"], &with("lanczos")[..]].concat(),
-        &["lanczos", "clean-fid"],
-    );
-    refused(
-        &[&["real", "--reference", "real"], &with(r#"{"resize":"bilinear-0x3"}"#)[..]].concat(),
-        &["bilinear-0x3"],
-    );
-    refused(&[&["real", "--reference", "gone"], &with(INPUT)[..]].concat(), &["gone", ".npz"]);
-    refused(
-        &["real", "--reference", "real", "--extractor", "raw_pixels"],
-        &["02.png", "does not resize"],
-    );
-    refused(&[&["real", "--reference", "one"], &with(INPUT)[..]].concat(), &["at least 2"]);
-    let compared = [&["real", "--reference", "real"], &with(INPUT)[..]].concat();
-    refused(&[&compared[..], &["--standard-errors", "1"]].concat(), &["--standard-errors is 1"]);
+    let itself = ["real", "--reference", "real"];
+    let on = |extractor| [&itself[..], &["--extractor", extractor]].concat();
+    let cases: [(&[&str], &[&str]); 12] = [
+        // Nothing is scored against clothing unless a reference or data are named.
+        (&["teacher"], &["--reference", "--data"]),
+        (&["real"], &["--reference", "--data"]),
+        (&itself, &["--extractor is not set", "inception-2015-12-05.pt"]),
+        (&["teacher", "--data", "data"], &["--extractor is not set"]),
+        (
+            &["teacher", "--data", "data", "--extractor", "fashion_classifier"],
+            &["[1 or more, 1, 32, 32]"],
+        ),
+        (&on("network.pt"), &["--extractor-input", "clean-fid"]),
+        (&on("none.pt"), &["none.pt", "TorchScript"]),
+        (&on("raw_pixels"), &["02.png", "does not resize"]),
+        (&[&itself[..], &with("lanczos")].concat(), &["lanczos", "clean-fid"]),
+        (&[&itself[..], &with(r#"{"resize":"bilinear-0x3"}"#)].concat(), &["bilinear-0x3"]),
+        (&[&["real", "--reference", "gone"], &with(INPUT)[..]].concat(), &["gone", ".npz"]),
+        (&[&["real", "--reference", "one"], &with(INPUT)[..]].concat(), &["at least 2"]),
+    ];
+    for (arguments, words) in cases {
+        refused(&workshop, arguments, words);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() -> TestResult {
+    let workshop = Workshop::new();
+    network(&workshop)?;
     // A covariance of all pixels would exhaust memory.
     let large = workshop.path("large");
     fs::create_dir(&large)?;
     let mut png = png::Encoder::new(fs::File::create(large.join("a.png"))?, 80, 80);
     png.set_color(png::ColorType::Rgb);
     png.write_header()?.write_image_data(&vec![9; 80 * 80 * 3])?;
-    refused(
-        &["large", "--reference", "large", "--extractor", "raw_pixels"],
-        &["19200 values per image", "at most 16384"],
-    );
+    let large = ["large", "--reference", "large", "--extractor", "raw_pixels"];
+    refused(&workshop, &large, &["19200 values per image", "at most 16384"]);
+
     images(&workshop.path("few"), 8, 60)?;
     let few = [&["few", "--reference", "few"], &with(INPUT)[..]].concat();
-    refused(
-        &[&few[..], &["--standard-errors", "4"]].concat(),
-        &["--standard-errors", "halves of 8 images"],
-    );
-    let nowhere = ["--save-statistics", "none/here.safetensors"];
-    refused(&[&compared[..], &nowhere].concat(), &["none/here.safetensors", "does not exist"]);
-    // Statistics of another network or interpolation.
-    let save =
-        [&["evaluate", "real", "--save-statistics", "real.safetensors"], &with(INPUT)[..]].concat();
-    workshop.ddil(&save).succeeded();
+    let errors = |halves| [&few[..], &["--standard-errors", halves]].concat();
+    refused(&workshop, &errors("1"), &["--standard-errors is 1"]);
+    refused(&workshop, &errors("4"), &["--standard-errors", "halves of 8 images"]);
+    let nowhere = [&few[..], &["--save-statistics", "none/here.safetensors"]].concat();
+    refused(&workshop, &nowhere, &["none/here.safetensors", "does not exist"]);
+    Ok(())
+}
+
+#[test]
+fn statistics_that_do_not_fit_are_refused() -> TestResult {
+    let workshop = Workshop::new();
+    network(&workshop)?;
+    images(&workshop.path("real"), 4, 60)?;
+    let save = ["evaluate", "real", "--save-statistics", "real.safetensors"];
+    workshop.ddil(&[&save[..], &with(INPUT)].concat()).succeeded();
     let other = INPUT.replace("8x8", "4x4");
     refused(
+        &workshop,
         &[&["real", "--reference", "real.safetensors"], &with(&other)[..]].concat(),
         &["input", "8x8", "4x4", "make the reference again"],
     );
     fs::write(workshop.path("text.npz"), "no archive")?;
-    refused(&[&["real", "--reference", "text.npz"], &with(INPUT)[..]].concat(), &["text.npz"]);
+    let text = [&["real", "--reference", "text.npz"], &with(INPUT)[..]].concat();
+    refused(&workshop, &text, &["text.npz"]);
     Ok(())
 }
 

@@ -108,28 +108,13 @@ fn a_model_is_measured_with_prompts() -> TestResult {
     Ok(())
 }
 
-/// The images that `ddil sample` wrote, matched by number and by name, have the score of the same samples.
-#[test]
-fn images_in_files_are_matched_with_their_prompts() -> TestResult {
+/// A workshop with two images of each of three prompts: numbered in `drawn`, with the names of COCO in `named`, which
+/// `captions.json` lists in another order, and as `samples.safetensors`.
+fn with_drawn_images() -> Result<Workshop, Box<dyn std::error::Error>> {
     let workshop = workshop()?;
     let sample = ["sample", "teacher", "--steps", "2", "--prompts-file", "prompts.txt", "-n", "2"];
     let outputs = ["--folder", "drawn", "--output", "samples.safetensors", "--threads", "1"];
     workshop.ddil(&[&sample[..], &outputs].concat()).succeeded();
-    let measure = |subject: &str, prompts: &str| {
-        let row = rows(&workshop, &[subject, "--prompts", prompts, "--clip", "clip"])?.remove(0);
-        assert_eq!((&row["samples"], &row["prompts"]["images_per_prompt"]), (&6.into(), &2.into()));
-        Ok::<_, Box<dyn std::error::Error>>(row)
-    };
-    let numbered = measure("drawn", "prompts.txt")?;
-    let cosine = number(&numbered, "clip_score/cosine/mean");
-
-    // The tensors that were written beside the files.
-    fs::create_dir(workshop.path("tensors"))?;
-    fs::rename(workshop.path("samples.safetensors"), workshop.path("tensors/a.safetensors"))?;
-    let tensors = measure("tensors", "prompts.txt")?;
-    assert_eq!(tensors["clip_score"], numbered["clip_score"]);
-
-    // COCO, in another order than the files.
     let names = ["zebra", "000000000139", "b"];
     fs::create_dir(workshop.path("named"))?;
     for (i, name) in names.iter().enumerate() {
@@ -151,13 +136,39 @@ fn images_in_files_are_matched_with_their_prompts() -> TestResult {
         ],
     });
     fs::write(workshop.path("captions.json"), coco.to_string())?;
+    Ok(workshop)
+}
+
+/// The images that `ddil sample` wrote, matched by number and by name, have the score of the same samples.
+#[test]
+fn images_in_files_are_matched_with_their_prompts() -> TestResult {
+    let workshop = with_drawn_images()?;
+    let measure = |subject: &str, prompts: &str| {
+        let row = rows(&workshop, &[subject, "--prompts", prompts, "--clip", "clip"])?.remove(0);
+        assert_eq!((&row["samples"], &row["prompts"]["images_per_prompt"]), (&6.into(), &2.into()));
+        Ok::<_, Box<dyn std::error::Error>>(row)
+    };
+    let numbered = measure("drawn", "prompts.txt")?;
+    let cosine = number(&numbered, "clip_score/cosine/mean");
+
+    // The tensors that were written beside the files.
+    fs::create_dir(workshop.path("tensors"))?;
+    fs::rename(workshop.path("samples.safetensors"), workshop.path("tensors/a.safetensors"))?;
+    let tensors = measure("tensors", "prompts.txt")?;
+    assert_eq!(tensors["clip_score"], numbered["clip_score"]);
+
     let named = measure("named", "captions.json")?;
     assert!((number(&named, "clip_score/cosine/mean") - cosine).abs() < 1e-6, "{named}");
     // In another order the captions are others.
     fs::write(workshop.path("turned.txt"), "a red dog\na cat\na red cat\n")?;
     let turned = measure("drawn", "turned.txt")?;
     assert!((number(&turned, "clip_score/cosine/mean") - cosine).abs() > 1e-5);
+    Ok(())
+}
 
+#[test]
+fn images_without_a_prompt_are_refused() -> TestResult {
+    let workshop = with_drawn_images()?;
     let evaluate = |more: &[&str]| {
         workshop.ddil(&[&["evaluate"], more, &["--clip", "clip", "--threads", "1"]].concat())
     };
@@ -295,13 +306,10 @@ fn what_cannot_be_measured_is_refused_in_words() -> TestResult {
     Ok(())
 }
 
-/// Prompts in the place of classes: students and their teacher draw the same prompts from the same noise.
-#[test]
-fn students_are_compared_with_prompts() -> TestResult {
-    let workshop = workshop()?;
-    let matrix = |evaluate: &str| {
-        format!(
-            r#"name = "tiny"
+/// Writes a comparison with these settings of `[evaluate]`.
+fn write_matrix(workshop: &Workshop, evaluate: &str) -> TestResult {
+    let matrix = format!(
+        r#"name = "tiny"
 base = "distill.toml"
 
 [set]
@@ -320,20 +328,27 @@ values = [
     {{ name = "mixed" }},
 ]
 "#
-        )
-    };
-    let write = |evaluate: &str| fs::write(workshop.path("matrix.toml"), matrix(evaluate));
+    );
+    Ok(fs::write(workshop.path("matrix.toml"), matrix)?)
+}
+
+/// Prompts in the place of classes: students and their teacher draw the same prompts from the same noise.
+#[test]
+fn students_are_compared_with_prompts() -> TestResult {
+    let workshop = workshop()?;
     for (evaluate, words) in [
         ("clip = \"clip\"", &["evaluate.clip", "requires `evaluate.prompts`"][..]),
         ("prompts = \"none.txt\"\nclip = \"clip\"", &["evaluate.prompts", "none.txt"]),
         ("prompts = \"prompts.txt\"", &["nothing to measure", "clip"]),
         ("extractor = \"raw_pixels\"", &["data.kind", "evaluate.prompts"]),
     ] {
-        write(evaluate)?;
+        write_matrix(&workshop, evaluate)?;
         workshop.ddil(&["compare", "matrix.toml"]).refused(words);
     }
 
-    write("prompts = \"prompts.txt\"\nclip = \"clip\"\nimages_per_prompt = 2\nmax_prompts = 2")?;
+    let evaluate =
+        "prompts = \"prompts.txt\"\nclip = \"clip\"\nimages_per_prompt = 2\nmax_prompts = 2";
+    write_matrix(&workshop, evaluate)?;
     let ended = workshop.ddil(&["compare", "matrix.toml"]).succeeded();
     for words in ["clip cosine", "clip distance", "priors: mixed - forward"] {
         assert!(ended.stdout.contains(words), "{words}: {}", ended.stdout);

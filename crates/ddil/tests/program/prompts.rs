@@ -43,7 +43,7 @@ fn student(run: &Path) -> Vec<u8> {
     fs::read(run.join("export/unet/diffusion_pytorch_model.safetensors")).expect("it was written")
 }
 
-/// What the data have and what the prompts have are told apart by their labels, for every method and memory of states.
+/// The data and the prompts have different labels, which are counted for every method and memory of states.
 #[test]
 fn students_see_the_classes_of_the_prompts_and_no_others() {
     let workshop = Workshop::with_teacher();
@@ -157,8 +157,12 @@ fn a_class_of_the_data_is_the_teachers_of_the_same_name() -> TestResult {
     assert!(by_name_shift.as_array().is_some_and(|rows| !rows.is_empty()), "{by_name_shift}");
     assert_eq!(by_name_shift, given_shift);
     assert_ne!(by_name_shift, own_shift);
+    Ok(())
+}
 
-    // Folders with two of the classes are the same data as three without one.
+#[test]
+fn folders_without_a_class_are_the_data_that_exclude_it() {
+    let workshop = Workshop::with_teacher();
     copy_folder(&workshop.path("data/class1"), &workshop.path("two/class1"));
     copy_folder(&workshop.path("data/class2"), &workshop.path("two/class2"));
     let two = workshop.complete("distill", "two", &["data.path=two", CLASSES]);
@@ -168,8 +172,11 @@ fn a_class_of_the_data_is_the_teachers_of_the_same_name() -> TestResult {
     let figures = last_figures(&two);
     assert_eq!(figures, last_figures(&excluded));
     assert!(count(&figures, "conditioned_class_0") > 0, "{figures}");
+}
 
-    // A folder of another name can be one of them, or two.
+#[test]
+fn folders_of_other_names_are_classes_by_the_config() {
+    let workshop = Workshop::with_teacher();
     copy_folder(&workshop.path("data/class0"), &workshop.path("odd/hat"));
     copy_folder(&workshop.path("data/class1"), &workshop.path("odd/cap"));
     each_is_refused_beside(
@@ -194,7 +201,6 @@ fn a_class_of_the_data_is_the_teachers_of_the_same_name() -> TestResult {
     let left =
         ["data.path=odd", "data.exclude_classes=[\"hat\"]", "data.classes=[\"class1\", \"-\"]"];
     workshop.complete("distill", "left", &left);
-    Ok(())
 }
 
 /// As [`each_is_refused`], in a workshop with runs.

@@ -275,7 +275,11 @@ fn a_file_of_the_user_is_not_replaced() -> TestResult {
     // At its end, a run that is resumed only warns.
     let ended = workshop.ddil(&["distill", "--resume", "runs/first"]).succeeded();
     assert!(ended.stderr.contains("no report of"), "{}", ended.stderr);
-    assert!(ended.stdout.contains("done:") && !ended.stdout.contains("open "), "{}", ended.stdout);
+    assert!(
+        ended.stdout.contains("done:") && !ended.stdout.contains("curves and samples"),
+        "{}",
+        ended.stdout
+    );
     assert_eq!(page(&run), own);
     // Neither is a device or a folder.
     workshop.ddil(&["report", "runs/first", "-o", "/dev/null"]).refused(&["/dev/null"]);
@@ -315,6 +319,23 @@ fn a_watched_report_follows_its_run_to_the_end() {
     assert_eq!(status(&run)["state"], "interrupted");
     assert!(last.contains("id=\"state\">interrupted") && !last.contains("id=\"reload\""));
     assert!(last.contains("ddil distill --resume runs/long"));
+}
+
+/// A killed process changes no file, and its report says so all the same.
+#[cfg(unix)]
+#[test]
+fn a_watched_report_shows_that_its_run_was_killed() {
+    let workshop = Workshop::with_teacher();
+    let settings = ["student.updates_per_stage=100000", "output.log_interval=1000000"];
+    let run = workshop.run("long");
+    let mut training = workshop.start(&arguments("distill", "long", &settings));
+    assert!(training.wait_until(|| run.join("status.json").is_file()));
+    let mut watching = workshop.start(&["report", "runs/long", "--watch"]);
+    assert!(watching.wait_until(|| run.join("report.html").is_file()));
+    assert!(page(&run).contains("id=\"state\">running"));
+    let _ = training.signal("KILL");
+    watching.ended().succeeded();
+    assert!(page(&run).contains("id=\"state\">killed"));
 }
 
 #[test]

@@ -269,7 +269,7 @@ fn a_signal_saves(workshop: &Workshop, verb: &str, settings: &[&str], signal: &s
     assert!((4..LONG).contains(&step), "{step}");
     assert_eq!(checkpoints(&run).into_keys().next_back(), Some(step));
     assert!(ended.stdout.contains(&format!("saved at step {step}")), "{}", ended.stdout);
-    let command = ended.stdout.lines().last().expect("it says how to go on").trim();
+    let command = ended.stdout.lines().last().expect("the command that resumes").trim();
     let words: Vec<&str> = command.split(' ').skip(1).collect();
     assert_eq!(words[..2], [verb, "--resume"]);
     workshop.ddil(&words).succeeded();

@@ -24,8 +24,8 @@ use crate::commands::{Calls, num_threads, sample_plan};
 use crate::exit_code::NOT_FINITE;
 use crate::sample_file;
 
-/// Prompts per pass of the networks, for images in files.
-const PROMPTS_AT_ONCE: usize = 16;
+/// Images per pass of the networks, for images in files; at least those of one prompt.
+const IMAGES_AT_ONCE: usize = 32;
 
 /// The prompts of the command line, if there are any; checked before anything is loaded.
 pub(super) fn prompts(args: &EvaluateArgs) -> anyhow::Result<Option<EvaluationPrompts>> {
@@ -42,7 +42,22 @@ pub(super) fn prompts(args: &EvaluateArgs) -> anyhow::Result<Option<EvaluationPr
         "there is nothing to measure: expected --clip FOLDER for the CLIP score, --reference with --extractor for FID and \
          others, or --lpips FILE"
     );
+    ensure!(
+        args.save_statistics.is_none() || args.extractor.is_some() || args.reference.is_some(),
+        "--save-statistics: expected --extractor with it, whose features are saved"
+    );
     Ok(Some(prompts))
+}
+
+/// Checks that something can be measured of images that are still to be drawn.
+fn ensure_measured(args: &EvaluateArgs) -> anyhow::Result<()> {
+    let compares = args.reference.is_some() || args.save_statistics.is_some();
+    ensure!(
+        args.prompting.clip.is_some() || compares || args.prompting.images_per_prompt > 1,
+        "there is nothing to measure with one image per prompt: diversity and LPIPS compare images of a prompt; set \
+         --images-per-prompt to 2 or more, or add --clip or --reference"
+    );
+    Ok(())
 }
 
 /// The networks that measure.
@@ -90,12 +105,14 @@ impl Networks {
         PromptNetworks::new(self.extractor(), self.clip.as_ref(), self.lpips.as_ref())
     }
 
-    /// The row of what a meter measured; `name` is that of the images.
+    /// The row of what a meter measured; `name` is that of the images, and `save_as` that of their statistics, if they may
+    /// be saved.
     fn row(
         &self,
         args: &EvaluateArgs,
         prompts: &EvaluationPrompts,
         name: &str,
+        save_as: Option<&str>,
         meter: PromptMeter<'_>,
     ) -> anyhow::Result<Measurement> {
         let (features, scores) = meter.finish()?;
@@ -109,7 +126,7 @@ impl Networks {
         }
         let mut measurement = None;
         if let (Some(real), Some(features)) = (&self.real, &features) {
-            if args.save_statistics.is_some() {
+            if let Some(name) = save_as.filter(|_| args.save_statistics.is_some()) {
                 save(args, &Reference::new(name, features, &*real.extractor)?)?;
             }
             measurement = real.score(name, features, args.standard_errors)?;
@@ -153,7 +170,9 @@ fn model_rows(
     let drawing = |plan: &SamplePlan| {
         PromptDrawing::new(pipeline, &text, plan, size, prompts).map_err(as_option)
     };
+    ensure_measured(args)?;
     let shape = drawing(own)?.image_shape();
+    protocol::ensure_size(args, [shape[1], shape[2]])?;
     let networks = Networks::open(args, subject, Some(shape), features)?;
     let (mut rows, mut exit_code) = (Vec::new(), ExitCode::SUCCESS);
     for steps in step_counts(args, own) {
@@ -167,8 +186,10 @@ fn model_rows(
             prompts.num_images(),
             prompts.set.count
         );
-        let Some(measurement) = drawn(args, pipeline, &drawing, prompts, &networks, features)?
-        else {
+        // Statistics are those of the model's own number of steps.
+        let save_as = is_own.then(|| format!("{}, {steps} steps", args.subject.display()));
+        let call = (args, pipeline, save_as.as_deref());
+        let Some(measurement) = drawn(call, &drawing, prompts, &networks, features)? else {
             eprintln!(
                 "error: samples in {steps} steps are NaN or infinite; the table has no row for them"
             );
@@ -203,8 +224,7 @@ impl From<ddil_evaluate::Error> for Stop {
 
 /// Draws and measures, after what an earlier process measured; none if a sample is not finite.
 fn drawn(
-    args: &EvaluateArgs,
-    pipeline: &Pipeline,
+    (args, pipeline, save_as): (&EvaluateArgs, &Pipeline, Option<&str>),
     drawing: &PromptDrawing<'_>,
     prompts: &EvaluationPrompts,
     networks: &Networks,
@@ -250,7 +270,7 @@ fn drawn(
             "{truncated} prompts are longer than the text encoder's input and were truncated"
         );
     }
-    networks.row(args, prompts, "samples", meter).map(Some)
+    networks.row(args, prompts, "samples", save_as, meter).map(Some)
 }
 
 /// Writes the first few samples, which are drawn again.
@@ -280,6 +300,11 @@ fn ensure_not_stopped(
     Ok(())
 }
 
+/// Prompts per pass, each with `k` images.
+fn prompts_at_once(k: u32) -> usize {
+    (IMAGES_AT_ONCE / k.max(1) as usize).max(1)
+}
+
 /// The row of images in files, matched with their prompts.
 fn files_row(
     args: &EvaluateArgs,
@@ -290,6 +315,7 @@ fn files_row(
 ) -> anyhow::Result<Row> {
     let all = prompts.set.count;
     let (prompts, files) = prompts.matched(files).map_err(as_option)?;
+    protocol::ensure(args, &prompts)?;
     let k = prompts.set.images_per_prompt;
     if prompts.set.count < all {
         tracing::warn!("only {} of {all} prompts have images", prompts.set.count);
@@ -298,9 +324,11 @@ fn files_row(
     let mut meter = PromptMeter::new(networks.all(), k, FeatureRows::in_memory());
     let (mut waiting, mut done) = (Vec::new(), 0);
     let mut progress = Progress::new("images", 0, files.len() as u64);
-    let at_once = PROMPTS_AT_ONCE * k as usize;
+    let at_once = prompts_at_once(k) * k as usize;
     let threads = num_threads(args.sampling.threads);
-    files.for_each(threads, Ok::<_, ddil_evaluate::Error>, |index, image| {
+    files.for_each(threads, Ok::<_, anyhow::Error>, |index, image| {
+        protocol::ensure_size(args, [image.size()[2], image.size()[3]])
+            .with_context(|| files.paths()[index].display().to_string())?;
         waiting.push(image);
         if waiting.len() == at_once || index + 1 == files.len() {
             let some = &prompts.prompts[done..done + waiting.len() / k as usize];
@@ -314,7 +342,7 @@ fn files_row(
     })?;
     progress.finish();
     let name = args.subject.display().to_string();
-    let measurement = networks.row(args, &prompts, &name, meter)?;
+    let measurement = networks.row(args, &prompts, &name, Some(&name), meter)?;
     Ok((name, measurement))
 }
 
@@ -335,14 +363,17 @@ fn samples_row(
     }
     let k = (found / count) as u32;
     let prompts = prompts.with_images_per_prompt(k).map_err(as_option)?;
+    protocol::ensure(args, &prompts)?;
+    protocol::ensure_size(args, [images.size()[2], images.size()[3]])?;
     let networks = Networks::open(args, subject, None, features)?;
     let stored = quantize(images)?;
     let mut meter = PromptMeter::new(networks.all(), k, FeatureRows::in_memory());
-    let parts = stored.split(PROMPTS_AT_ONCE as i64 * i64::from(k), 0);
-    for (images, prompts) in parts.iter().zip(prompts.prompts.chunks(PROMPTS_AT_ONCE)) {
+    let at_once = prompts_at_once(k);
+    let parts = stored.split(at_once as i64 * i64::from(k), 0);
+    for (images, prompts) in parts.iter().zip(prompts.prompts.chunks(at_once)) {
         meter.add(prompts, &images.split(1, 0)).map_err(as_option)?;
     }
     let name = args.subject.display().to_string();
-    let measurement = networks.row(args, &prompts, &name, meter)?;
+    let measurement = networks.row(args, &prompts, &name, Some(&name), meter)?;
     Ok((name, measurement))
 }

@@ -24,7 +24,7 @@ pub(super) fn ensure(args: &EvaluateArgs, prompts: &EvaluationPrompts) -> anyhow
         if is_named { "" } else { " without names of images" }
     );
     ensure!(
-        options.captions == CaptionChoice::First && options.images_per_prompt == 1,
+        options.captions == CaptionChoice::First && prompts.set.images_per_prompt == 1,
         "--protocol {protocol}: expected the first caption of each image and one image of it; leave out --captions and \
          --images-per-prompt"
     );
@@ -37,9 +37,16 @@ pub(super) fn ensure(args: &EvaluateArgs, prompts: &EvaluationPrompts) -> anyhow
         args.extractor_input.is_none(),
         "--protocol {protocol} sets the input of the extractor; leave out --extractor-input"
     );
+    Ok(())
+}
+
+/// Checks that images of this height and width are not smaller than the protocol's.
+pub(super) fn ensure_size(args: &EvaluateArgs, [height, width]: [i64; 2]) -> anyhow::Result<()> {
+    let Some(protocol) = args.prompting.protocol else { return Ok(()) };
     ensure!(
-        [options.height, options.width].iter().flatten().all(|&side| side >= SIDE),
-        "--protocol {protocol}: images are {SIDE}x{SIDE} pixels; smaller ones would be enlarged"
+        height.min(width) >= i64::from(SIDE),
+        "--protocol {}: images are {SIDE}x{SIDE} pixels, and these of {width}x{height} would be enlarged",
+        protocol.as_str()
     );
     Ok(())
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail, ensure};
 use ddil_data::{FashionMnist, ImageDataset};
 use ddil_evaluate::{
-    ExtractorChoice, Measurement, ReferenceChoice, all_images, few_images, reference_of_images,
-    score, warnings_of,
+    ExtractorChoice, Measurement, ReferenceChoice, few_images, reference_of_dataset,
+    reference_of_images, score, warnings_of,
 };
 use ddil_files::settings::Settings;
 use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
@@ -181,7 +181,8 @@ fn open_reference(
             let compared = held_out.as_ref().unwrap_or(train);
             // As the training images, of which metrics take the first.
             let compared = if held_out.is_some() { compared } else { &compared.shuffled(0)? };
-            let reference = reference_of_images(*name, &all_images(compared)?, extractor)?;
+            let bar = &mut Bar::new(features.interrupt);
+            let reference = reference_of_dataset(*name, compared, extractor, bar)?;
             (Some(reference), held_out.is_some())
         }
         (None, None) => (None, false),
