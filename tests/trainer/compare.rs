@@ -420,7 +420,7 @@ fn plots_have_a_bar_for_every_mean_of_more_than_one_seed() -> TestResult {
 #[test]
 fn coverage_is_plotted_of_one_number_of_samples_alone() -> TestResult {
     let plotted =
-        |report: &ComparisonReport| Ok::<_, String>(plot::quality(report)?.contains("coverage"));
+        |report: &ComparisonReport| Ok::<_, String>(plot::quality(report)?.contains("Coverage"));
     let mut report = report();
     assert!(plotted(&report)?);
     let own = report.entries.iter_mut().filter(|entry| entry.own_steps);

@@ -284,7 +284,9 @@ fn what_cannot_be_measured_is_refused_in_words() -> TestResult {
     drawn(&["--clip", "clip"], &["merges.txt"]);
     let input = r#"{"resize":"bilinear-9x9","range":"unit"}"#;
     let other_size = ["--extractor", "vision", "--extractor-input", input];
-    drawn(&other_size, &["--extractor-input", "28x28"]);
+    let pairs = ["--images-per-prompt", "2"];
+    drawn(&[&other_size[..], &pairs].concat(), &["--extractor-input", "28x28"]);
+    drawn(&["--extractor", "vision"], &["nothing to measure with one image per prompt"]);
     distance(&workshop, "maps.pt", false)?;
     drawn(&["--lpips", "maps.pt", "--images-per-prompt", "2"], &["maps", "one distance per pair"]);
 
