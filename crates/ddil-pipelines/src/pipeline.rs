@@ -186,6 +186,24 @@ impl Pipeline {
         Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, parts, solver })
     }
 
+    /// The same model with other sampling settings: sampler, timesteps and thresholding, as if [`write`](Self::write) had
+    /// written them into its folder.
+    #[must_use]
+    pub fn with_scheduler(self, scheduler: &Scheduler) -> Self {
+        let Scheduler { config, card_thresholding } = scheduler.clone();
+        let card = Card { thresholding: card_thresholding, ..self.card };
+        Self {
+            sampler: config.sampler_config(),
+            thresholding: card.thresholding.clone().unwrap_or_else(|| config.thresholding()),
+            timesteps: config.common().ddil_timesteps.clone(),
+            // A scheduler of DDIM or LCM.
+            solver: Ok(None),
+            scheduler: config,
+            card,
+            ..self
+        }
+    }
+
     /// The multistep solver in the scheduler file, if its class is one of [`SolverConfig`]'s.
     ///
     /// # Errors

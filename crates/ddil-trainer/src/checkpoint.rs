@@ -22,6 +22,7 @@
 
 mod damage;
 mod manifest;
+mod named;
 mod read;
 mod retention;
 mod tensors;
@@ -29,13 +30,16 @@ mod write;
 
 pub use damage::Damage;
 pub use manifest::{Linked, Manifest, Member};
-pub use read::{Checkpoint, Damaged, Found, find_latest, list};
+pub use named::find;
+pub use read::{Checkpoint, Damaged, Found, find_latest, list, newest_intact};
 pub(crate) use retention::note_best;
 pub use retention::{Retention, best_of, discard_newer, remove_leftovers};
 pub use write::CheckpointWriter;
 
 use std::path::{Path, PathBuf};
 
+/// The folder of a run's checkpoints.
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
 /// File with the name of the newest checkpoint, for people and other programs.
 const LATEST: &str = "latest";
 /// File with the name of the best checkpoint, if the config keeps one.

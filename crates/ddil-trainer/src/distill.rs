@@ -1,5 +1,6 @@
 //! The task of `ddil distill`: a few-step student from a teacher.
 
+mod averaged;
 mod checks;
 mod conditioned;
 mod meters;
@@ -23,9 +24,10 @@ use ddil_pipelines::{
     Card, Guidance, Image, Pipeline, PipelineParts, SamplePlan, Scheduler, grid_of_classes,
     grid_of_prompts,
 };
-use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
+use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding, Timesteps};
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use self::averaged::restore_average;
 use self::checks::ensure_fits;
 use self::conditioned::Conditioned;
 use self::meters::{Meters, Place};
@@ -171,7 +173,8 @@ impl Prepared {
             roles,
             stage,
         };
-        scheduler(&prepared.config, &prepared.schedule, &prepared.stage, &prepared.roles.student)?;
+        let sampling = &prepared.stage.sampling;
+        scheduler(&prepared.config, &prepared.schedule, sampling, &prepared.roles.student)?;
         Ok(prepared)
     }
 
@@ -244,11 +247,11 @@ fn guided<'a>(
     Ok(guidance.wrap(teacher, null)?)
 }
 
-/// The sampler of students of that method, in diffusers' terms.
+/// The sampler of students of that method, in diffusers' terms; `sampling` are the timesteps of their stage.
 fn scheduler(
     config: &DistillConfig,
     schedule: &NoiseSchedule,
-    stage: &Stage,
+    sampling: &Timesteps,
     student: &NetworkDenoiser,
 ) -> Result<Scheduler> {
     let thresholding = if config.thresholding_places.inference {
@@ -257,7 +260,7 @@ fn scheduler(
         Thresholding::None
     };
     let sampler = config.objective.sampler_config(schedule);
-    Ok(Scheduler::new(student, sampler, &thresholding, Some(&stage.sampling))?)
+    Ok(Scheduler::new(student, sampler, &thresholding, Some(sampling))?)
 }
 
 impl DistillTask {
@@ -295,7 +298,7 @@ impl DistillTask {
         let (requirements, network) = (stage.objective.requirements(), &teacher.network);
         Roster::first(&config, requirements, network.config(), data.image_shape())?
             .ensure(network, config.run.seed)?;
-        scheduler(&config, network.schedule(), &stage, network)?;
+        scheduler(&config, network.schedule(), &stage.sampling, network)?;
         let card = Card { image_shape: data.image_shape(), ..teacher.card.clone() };
         evaluation_of(&config).check(pixels_of(&card, &teacher.parts), device)?;
         Ok(Pipeline::ensure_weights(&config.teacher.path)?)
@@ -450,7 +453,7 @@ impl DistillTask {
 
     /// The same in diffusers' terms.
     fn scheduler(&self) -> Result<Scheduler> {
-        scheduler(&self.config, &self.schedule, &self.stage, &self.roles.student)
+        scheduler(&self.config, &self.schedule, &self.stage.sampling, &self.roles.student)
     }
 
     /// Whether only the adapter is exported.
@@ -701,8 +704,7 @@ impl Task for DistillTask {
     }
 
     fn restore(&mut self, checkpoint: &Checkpoint, step: u64) -> Result<()> {
-        // A checkpoint at the boundary of two stages belongs to the first: the second starts with its first update.
-        let index = (step.saturating_sub(1) / self.updates_per_stage()) as usize;
+        let index = stage::index_after(&self.config, step);
         self.stage = self.stage(index)?;
         if index > 0 {
             // A network of the student's configuration; its weights come from the file.

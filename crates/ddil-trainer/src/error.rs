@@ -63,6 +63,25 @@ pub enum Error {
         /// The kind that was requested.
         expected: String,
     },
+    /// A checkpoint is not in the folder of a run.
+    #[error(
+        "{} is a checkpoint outside of the folder of its run, whose `config.toml` and `export` its model requires; expected \
+         RUN/checkpoints/step_..",
+        path.display()
+    )]
+    OutsideOfRun {
+        /// The checkpoint's folder.
+        path: PathBuf,
+    },
+    /// A run has checkpoints, but no exported model.
+    #[error(
+        "{} has no exported model (`export`), whose settings a model of a checkpoint requires; resuming the run writes it",
+        path.display()
+    )]
+    NoExport {
+        /// The run folder.
+        path: PathBuf,
+    },
     /// The checkpoint does not contain the requested file.
     #[error("the checkpoint {} does not contain `{name}`, only {}", path.display(), known.join(", "))]
     NoSuchMember {

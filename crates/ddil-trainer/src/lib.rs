@@ -9,7 +9,7 @@
 //! | a run | [`Session`], [`SessionConfig`], [`Task`], [`UpdateLoss`], [`Outcome`], [`Interrupt`] |
 //! | training a teacher, distilling a student | [`TrainTask`], [`DistillTask`] |
 //! | their settings, as TOML | [`config`] |
-//! | the folder of a run | [`run_folder`], [`checkpoint`], [`record`], [`EventWriter`], [`RunEnvironment`], [`Evidence`] |
+//! | the folder of a run | [`run_folder`], [`checkpoint`], [`RunCheckpoint`], [`record`], [`EventWriter`], [`RunEnvironment`], [`Evidence`] |
 //! | updates by hand | [`AdamW`], [`Ema`], [`LrSchedule`] |
 //! | memory before a run; the images of a run | [`memory`]; [`images_for`] |
 //! | screen and log | [`Progress`], [`Logging`] |
@@ -59,6 +59,7 @@
 
 #![forbid(unsafe_code)]
 
+mod averaged;
 pub mod checkpoint;
 pub mod config;
 mod crc32c;
@@ -86,6 +87,7 @@ mod tensorboard;
 mod train;
 mod watch;
 
+pub use averaged::RunCheckpoint;
 pub use data::{images_for, read_images};
 pub use ddil_files::Report;
 pub use distill::DistillTask;

@@ -44,7 +44,7 @@ use crate::{Error, Result, checkpoint, evidence::NOT_FINITE};
 pub use crate::holder::Holder;
 
 pub(crate) const LOCK: &str = ".lock";
-const CONFIG: &str = "config.toml";
+pub(crate) const CONFIG: &str = "config.toml";
 const STATUS: &str = "status.json";
 /// The only version of a run folder so far.
 const FORMAT_VERSION: u32 = 1;
@@ -160,7 +160,7 @@ impl RunFolder {
             return Err(Error::NotARun { path: path.to_owned(), missing: CONFIG });
         }
         let lock = lock(path)?;
-        for folder in ["", "samples", "checkpoints", NOT_FINITE] {
+        for folder in ["", "samples", checkpoint::CHECKPOINTS, NOT_FINITE] {
             checkpoint::remove_leftovers(&path.join(folder))?;
         }
         // The first session may have been killed before it created them.
@@ -188,7 +188,7 @@ impl RunFolder {
 
     /// Folder of the checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
-        self.path.join("checkpoints")
+        self.path.join(checkpoint::CHECKPOINTS)
     }
 
     /// Path of a step's sample grid: `samples/step_0001000.png`.
@@ -337,7 +337,7 @@ fn ensure_empty(path: &Path) -> Result<()> {
 }
 
 fn make_folders(path: &Path) -> Result<()> {
-    for folder in ["samples", "checkpoints"] {
+    for folder in ["samples", checkpoint::CHECKPOINTS] {
         let folder = path.join(folder);
         fault::reach(Point::RunCreate, &folder)
             .and_then(|()| fs::create_dir_all(&folder))

@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use self::phase_optimizer::PhaseOptimizer;
 pub use self::phase_optimizer::UpdateConfig;
 use crate::checkpoint::{
-    Checkpoint, CheckpointWriter, best_of, discard_newer, find_latest, note_best,
+    Checkpoint, CheckpointWriter, best_of, discard_newer, newest_intact, note_best,
 };
 use crate::config::{DistillConfig, EvaluateSection, OutputSection, TrainConfig};
 use crate::ema::{Ema, EmaConfig};
@@ -293,24 +293,6 @@ impl Start {
     }
 }
 
-/// The checkpoint to resume from; none if the run was killed before its first.
-fn newest_intact(checkpoints: &Path) -> Result<Option<Checkpoint>> {
-    let found = find_latest(checkpoints)?;
-    for damaged in &found.damaged {
-        let (path, reason) = (damaged.path.display(), &damaged.reason);
-        tracing::warn!("{path} is damaged and was skipped: {reason}");
-    }
-    let count = found.damaged.len();
-    match (found.checkpoint, found.damaged.into_iter().next()) {
-        (None, Some(newest)) => Err(Error::NoIntactCheckpoint {
-            path: checkpoints.to_owned(),
-            count,
-            newest: newest.reason,
-        }),
-        (checkpoint, _) => Ok(checkpoint),
-    }
-}
-
 /// Records in `status.json` why a run could not be resumed.
 fn failed(folder: &mut RunFolder, error: Error) -> Error {
     let _ = folder.fail(folder.status().step, &error);
@@ -320,8 +302,14 @@ fn failed(folder: &mut RunFolder, error: Error) -> Error {
 const STATE: &str = "session.json";
 const AVERAGE: &str = "ema.safetensors";
 /// Folders of the averaged model: of the last checkpoint, and of the best evaluation.
-const EXPORT: &str = "export";
+pub(crate) const EXPORT: &str = "export";
 const BEST: &str = "best";
+
+/// The moving average of a checkpoint, and what was spent on it.
+pub(crate) fn average_of(checkpoint: &Checkpoint) -> Result<(Vec<(String, Tensor)>, Spent)> {
+    let LoopState { step, seconds, .. } = checkpoint.json(STATE)?;
+    Ok((checkpoint.tensors(AVERAGE)?, Spent { updates: step, seconds }))
+}
 
 impl<T: Task> Session<T> {
     /// Starts a task in a new run folder.

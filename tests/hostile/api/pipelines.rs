@@ -47,6 +47,7 @@ fn ddil_pipelines() {
     ]);
     cases.cannot_fail(&[
         "Layout::columns",
+        "Pipeline::with_scheduler",
         "WithCallback::new",
         "Guidance::of_classes",
         "batch_size",

@@ -68,6 +68,28 @@ pub fn find_latest(checkpoints: &Path) -> Result<Found> {
     Ok(Found { checkpoint: None, damaged })
 }
 
+/// The newest checkpoint without any damage; damaged ones that are newer are reported as warnings. None if there is no
+/// checkpoint at all.
+///
+/// # Errors
+///
+/// [`Error::NoIntactCheckpoint`] if all are damaged, [`Error::Files`] if the folder cannot be listed.
+pub fn newest_intact(checkpoints: &Path) -> Result<Option<Checkpoint>> {
+    let Found { checkpoint, damaged } = find_latest(checkpoints)?;
+    for Damaged { path, reason } in &damaged {
+        tracing::warn!("{} is damaged and was skipped: {reason}", path.display());
+    }
+    let count = damaged.len();
+    match (checkpoint, damaged.into_iter().next()) {
+        (None, Some(newest)) => Err(Error::NoIntactCheckpoint {
+            path: checkpoints.to_owned(),
+            count,
+            newest: newest.reason,
+        }),
+        (checkpoint, _) => Ok(checkpoint),
+    }
+}
+
 /// The folders of all checkpoints, sound or not, oldest first.
 ///
 /// # Errors

@@ -48,6 +48,12 @@ impl Stage {
     }
 }
 
+/// The index of the stage that a checkpoint after so many updates belongs to. At the boundary of two stages this is the
+/// first: the second starts with its first update.
+pub(super) fn index_after(config: &DistillConfig, updates: u64) -> usize {
+    (updates.saturating_sub(1) / config.student.updates_per_stage.max(1)) as usize
+}
+
 /// The run's own random streams in the first stage, others in each later one.
 fn stage_streams(seed: u64, index: usize) -> RandomStreams {
     let streams = RandomStreams::new(seed, 0);

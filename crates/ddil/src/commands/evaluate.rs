@@ -19,7 +19,7 @@ use tch::Tensor;
 
 use self::features::Features;
 use self::real_images::RealImages;
-use self::subject::Subject;
+use self::subject::{Model, Subject};
 use super::{num_threads, print, sample_plan, start};
 use crate::cli::EvaluateArgs;
 use crate::exit_code::{NOT_FINITE, TRY_AGAIN};
@@ -63,7 +63,7 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
         features.clear()?;
         return Ok(exit_code);
     }
-    if let Subject::Model(..) = subject {
+    if let Subject::Model(_) = subject {
         ensure_possible(args)?;
     }
     let real = RealImages::open(args, &subject, None, &mut features)?;
@@ -74,7 +74,7 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
             }
             (real.rows(args)?, ExitCode::SUCCESS)
         }
-        Subject::Model(pipeline, plan) => model_rows(args, pipeline, plan, &real, &mut features)?,
+        Subject::Model(model) => model_rows(args, model, &real, &mut features)?,
         Subject::Samples(images) => {
             let features = features_as_stored(images, &*real.extractor)?;
             (images_rows(args, &features, &real)?, ExitCode::SUCCESS)
@@ -127,11 +127,11 @@ pub(crate) fn data_row(
 /// One row for each number of steps. Samples that are not finite have no row; the exit code reports them.
 fn model_rows(
     args: &EvaluateArgs,
-    pipeline: &Pipeline,
-    own: &SamplePlan,
+    model: &Model,
     real: &RealImages,
     features: &mut Features,
 ) -> anyhow::Result<(Vec<Row>, ExitCode)> {
+    let Model { pipeline, plan: own, .. } = model;
     ensure_same_shape(args, pipeline, real)?;
     let (mut rows, mut exit_code) = (Vec::new(), ExitCode::SUCCESS);
     for steps in step_counts(args, own) {
@@ -140,7 +140,7 @@ fn model_rows(
             if is_own { own.clone() } else { sample_plan(pipeline, &args.sampling, Some(steps))? };
         let n = if is_own { None } else { args.also_samples }.unwrap_or(args.num_samples);
         let keep = args.keep.as_deref().filter(|_| is_own);
-        let found = features.of_model(args, pipeline, &plan, n, &*real.extractor, keep);
+        let found = features.of_model(args, model, &plan, n, &*real.extractor, keep);
         let features = match found {
             Err(error) if is_not_finite(&error) => {
                 eprintln!(

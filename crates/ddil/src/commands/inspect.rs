@@ -1,13 +1,13 @@
 //! `ddil inspect`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::bail;
 use ddil_core::Denoiser;
 use ddil_models::{Placement, Precision};
 use ddil_pipelines::{ModelFiles, Pipeline};
-use ddil_trainer::checkpoint::{Checkpoint, best_of, find_latest, folder_of, list};
+use ddil_trainer::checkpoint::{self, Checkpoint, find_latest, list};
 use ddil_trainer::run_folder::{Status, is_in_use};
 use serde_json::{Value, json};
 
@@ -64,14 +64,11 @@ fn describe(path: &Path) -> anyhow::Result<Value> {
     if is_run(path) {
         return run_folder(path);
     }
-    if path.join("manifest.json").is_file() {
-        return checkpoint(path);
+    if let Some(found) = checkpoint::find(path)? {
+        return checkpoint(&found);
     }
     if Pipeline::is_at(path) {
         return model(path);
-    }
-    if let Some(newest) = newest_checkpoint(path)? {
-        return checkpoint(&newest);
     }
     if !path.exists() {
         bail!(
@@ -83,21 +80,6 @@ fn describe(path: &Path) -> anyhow::Result<Value> {
         "{} is not a run folder (no status.json), a checkpoint (no manifest.json) or a model folder (no model_index.json)",
         path.display()
     )
-}
-
-/// The newest valid checkpoint of `checkpoints`, or of `checkpoints/latest`, a file that contains its name; the best one
-/// of `checkpoints/best`.
-fn newest_checkpoint(path: &Path) -> anyhow::Result<Option<PathBuf>> {
-    let is_best = path.file_name().is_some_and(|name| name == "best") && path.is_file();
-    if let Some(folder) = path.parent().filter(|_| is_best) {
-        return Ok(best_of(folder).map(|step| folder_of(folder, step)));
-    }
-    let is_latest = path.file_name().is_some_and(|name| name == "latest") && !path.is_dir();
-    let folder = if is_latest { path.parent().unwrap_or(path) } else { path };
-    if folder.file_name().is_none_or(|name| name != "checkpoints") || !folder.is_dir() {
-        return Ok(None);
-    }
-    Ok(find_latest(folder)?.checkpoint.map(|checkpoint| checkpoint.path().to_owned()))
 }
 
 fn run_folder(path: &Path) -> anyhow::Result<Value> {
@@ -121,8 +103,7 @@ fn run_folder(path: &Path) -> anyhow::Result<Value> {
     }))
 }
 
-fn checkpoint(path: &Path) -> anyhow::Result<Value> {
-    let checkpoint = Checkpoint::open(path)?;
+fn checkpoint(checkpoint: &Checkpoint) -> anyhow::Result<Value> {
     Ok(json!({
         "kind": "checkpoint",
         "manifest": checkpoint.manifest(),

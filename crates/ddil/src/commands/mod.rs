@@ -9,6 +9,7 @@ pub(crate) mod import;
 pub(crate) mod init;
 pub(crate) mod inspect;
 mod model_card;
+mod model_source;
 pub(crate) mod range;
 pub(crate) mod report;
 pub(crate) mod runs;
@@ -18,7 +19,6 @@ pub(crate) mod train;
 
 use std::cell::RefCell;
 use std::io::Write as _;
-use std::path::Path;
 use std::thread;
 
 use crate::exit_code::TRY_AGAIN;
@@ -33,6 +33,7 @@ use ddil_trainer::{Interrupt, Logging, Progress, when_stdin_closes};
 use serde::Deserialize;
 use tch::Kind;
 
+use self::model_source::ModelSource;
 use crate::cli::{ParentArgs, SamplingArgs};
 
 /// The number of evenly spaced timesteps from which published latent consistency models choose theirs, as in diffusers.
@@ -142,7 +143,7 @@ fn num_threads(option: u32) -> usize {
 }
 
 /// Reads a model and its sampling plan.
-fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, SamplePlan)> {
+fn open_model(source: &ModelSource, args: &SamplingArgs) -> anyhow::Result<(Pipeline, SamplePlan)> {
     set_threads(args.threads)?;
     let device = parse_device(&args.device)?;
     let precision = match args.precision.as_str() {
@@ -156,8 +157,7 @@ fn open_model(path: &Path, args: &SamplingArgs) -> anyhow::Result<(Pipeline, Sam
         other => bail!("--memory-format is `{other}`; expected `channels_last` or `contiguous`"),
     };
     let placement = Placement { device, kind: Kind::Float, channels_last };
-    let mut pipeline = Pipeline::open(path, placement, precision)
-        .with_context(|| format!("could not read a model from {}", path.display()))?;
+    let mut pipeline = source.open(placement, precision)?;
     match args.sampler.as_deref() {
         None => {}
         Some("lcm") => {

@@ -16,6 +16,7 @@ use ddil_pipelines::{
 };
 use tch::Tensor;
 
+use super::model_source::ModelSource;
 use super::{Calls, open_model, print, start};
 use crate::cli::{PromptArgs, SampleArgs};
 
@@ -28,9 +29,9 @@ struct Drawn {
 
 pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
     ensure!(args.num_samples != Some(0), "--num-samples is 0; expected at least 1");
-    let path = args.model.display();
-    let class = Pipeline::class_at(&args.model)
-        .with_context(|| format!("could not read a model from {path}"))?;
+    start(&args.sampling.parent)?;
+    let source = ModelSource::at(&args.model)?;
+    let class = source.class()?;
     let prompts = prompts(&args.prompting)?;
     // Rejected before any weights are read.
     if class.is_text_to_image() {
@@ -47,8 +48,7 @@ pub(crate) fn run(args: &SampleArgs) -> anyhow::Result<ExitCode> {
         bail!("{flag}: the model takes no prompts; use --class to choose one of its classes");
     }
     let output = output(args)?;
-    start(&args.sampling.parent)?;
-    let (pipeline, plan) = open_model(&args.model, &args.sampling)?;
+    let (pipeline, plan) = open_model(&source, &args.sampling)?;
     warn_of_misuse(args, &pipeline);
     if let Some(file) = &args.lora {
         apply_lora(&pipeline, file, args.lora_scale)?;

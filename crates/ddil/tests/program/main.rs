@@ -6,6 +6,8 @@
 
 mod activation_checkpointing;
 mod bad_input;
+#[cfg(debug_assertions)]
+mod checkpoint_models;
 mod compare;
 mod determinism;
 mod evaluate;

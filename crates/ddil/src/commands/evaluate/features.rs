@@ -8,10 +8,11 @@ use ddil_evaluate::{
     features_of_files,
 };
 use ddil_metrics::FeatureExtractor;
-use ddil_pipelines::{Pipeline, SamplePlan};
+use ddil_pipelines::SamplePlan;
 use ddil_trainer::Interrupt;
 use tch::Tensor;
 
+use super::subject::Model;
 use crate::cli::EvaluateArgs;
 use crate::commands::{Bar, Calls};
 use crate::sample_file;
@@ -45,15 +46,15 @@ impl<'a> Features<'a> {
     pub(super) fn of_model(
         &mut self,
         args: &EvaluateArgs,
-        pipeline: &Pipeline,
+        model: &Model,
         plan: &SamplePlan,
         n: u32,
         extractor: &dyn FeatureExtractor,
         keep: Option<&Path>,
     ) -> anyhow::Result<Tensor> {
-        let total = args.num_samples;
+        let (total, pipeline) = (args.num_samples, &model.pipeline);
         let rows = self.rows(u64::from(n), || {
-            let (folders, network) = of_model(args, pipeline);
+            let (folders, network) = of_model(args, model);
             let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
             FeatureKey::of_model(&folders, plan, [n, total], &network, extractor)
         })?;
@@ -109,16 +110,14 @@ impl<'a> Features<'a> {
 }
 
 /// The folders of a model's files, and how it is evaluated: what its samples depend on beside a plan.
-pub(super) fn of_model(args: &EvaluateArgs, pipeline: &Pipeline) -> ([PathBuf; 2], String) {
+pub(super) fn of_model(args: &EvaluateArgs, model: &Model) -> ([PathBuf; 2], String) {
     let sampling = &args.sampling;
     let network = format!(
         "{}, {}, {}, {} threads",
         sampling.device, sampling.precision, sampling.memory_format, sampling.threads
     );
-    let export = args.subject.join("export");
-    let own = if export.is_dir() { export } else { args.subject.clone() };
-    // An adapter is in another folder than its base.
-    ([own, pipeline.parts.path().to_owned()], network)
+    // An adapter is in another folder than its base, and a checkpoint than the other parts.
+    ([model.source.weights_folder(), model.pipeline.parts.path().to_owned()], network)
 }
 
 /// The first few samples of a model.

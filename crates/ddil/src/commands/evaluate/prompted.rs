@@ -10,14 +10,14 @@ use ddil_evaluate::{
     PromptMeter, PromptNetworks, PromptScores,
 };
 use ddil_metrics::{FeatureExtractor, Reference, TorchScriptDistance, quantize};
-use ddil_pipelines::{Pipeline, SamplePlan};
+use ddil_pipelines::SamplePlan;
 use ddil_trainer::config::parse_device;
 use ddil_trainer::{Interrupt, Progress};
 use tch::Tensor;
 
 use super::features::{Features, of_model};
 use super::real_images::{RealImages, as_option};
-use super::subject::Subject;
+use super::subject::{Model, Subject};
 use super::{Row, protocol, save, step_counts};
 use crate::cli::EvaluateArgs;
 use crate::commands::{Calls, num_threads, sample_plan};
@@ -147,9 +147,7 @@ pub(super) fn rows(
     features: &mut Features,
 ) -> anyhow::Result<(Vec<Row>, ExitCode)> {
     let row = match subject {
-        Subject::Model(pipeline, plan) => {
-            return model_rows(args, subject, (pipeline, plan), &prompts, features);
-        }
+        Subject::Model(model) => return model_rows(args, subject, model, &prompts, features),
         Subject::Files(files) => files_row(args, subject, files, prompts, features)?,
         Subject::Samples(images) => samples_row(args, subject, images, prompts, features)?,
         Subject::Data => bail!("--prompts is not for `data`"),
@@ -161,10 +159,11 @@ pub(super) fn rows(
 fn model_rows(
     args: &EvaluateArgs,
     subject: &Subject,
-    (pipeline, own): (&Pipeline, &SamplePlan),
+    model: &Model,
     prompts: &EvaluationPrompts,
     features: &mut Features,
 ) -> anyhow::Result<(Vec<Row>, ExitCode)> {
+    let Model { pipeline, plan: own, .. } = model;
     let text = pipeline.parts.text_to_image(pipeline.network.placement())?;
     let size = [args.prompting.height, args.prompting.width];
     let drawing = |plan: &SamplePlan| {
@@ -188,7 +187,7 @@ fn model_rows(
         );
         // Statistics are those of the model's own number of steps.
         let save_as = is_own.then(|| format!("{}, {steps} steps", args.subject.display()));
-        let call = (args, pipeline, save_as.as_deref());
+        let call = (args, model, save_as.as_deref());
         let Some(measurement) = drawn(call, &drawing, prompts, &networks, features)? else {
             eprintln!(
                 "error: samples in {steps} steps are NaN or infinite; the table has no row for them"
@@ -224,7 +223,7 @@ impl From<ddil_evaluate::Error> for Stop {
 
 /// Draws and measures, after what an earlier process measured; none if a sample is not finite.
 fn drawn(
-    (args, pipeline, save_as): (&EvaluateArgs, &Pipeline, Option<&str>),
+    (args, model, save_as): (&EvaluateArgs, &Model, Option<&str>),
     drawing: &PromptDrawing<'_>,
     prompts: &EvaluationPrompts,
     networks: &Networks,
@@ -232,7 +231,7 @@ fn drawn(
 ) -> anyhow::Result<Option<Measurement>> {
     let total = prompts.num_images();
     let rows = features.rows(total, || {
-        let (folders, network) = of_model(args, pipeline);
+        let (folders, network) = of_model(args, model);
         let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
         FeatureKey::of_prompts(&folders, drawing, &network, networks.all())
     })?;

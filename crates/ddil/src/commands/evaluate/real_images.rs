@@ -227,10 +227,10 @@ fn data_of(
     let fashion_mnist = || Some((DataSection::default(), PathBuf::from(FASHION_MNIST)));
     Ok(match subject {
         Subject::Data => fashion_mnist(),
-        Subject::Model(pipeline, _) => {
-            if let Some(config) = config_of(&args.subject) {
+        Subject::Model(model) => {
+            if let Some(config) = model.source.config() {
                 Some((data_section(&config)?, config))
-            } else if pipeline.card.class_names == FASHION_CLASSES {
+            } else if model.pipeline.card.class_names == FASHION_CLASSES {
                 fashion_mnist()
             } else {
                 None
@@ -240,14 +240,6 @@ fn data_of(
     })
 }
 
-/// The config of a run, or of the run that a model in its folder (`export` or `best`) belongs to.
-fn config_of(subject: &Path) -> Option<PathBuf> {
-    let is_run = |folder: &&Path| folder.join("status.json").is_file();
-    let run = subject.parent().filter(is_run);
-    let mut places = std::iter::once(subject).chain(run).map(|folder| folder.join("config.toml"));
-    places.find(|config| config.is_file())
-}
-
 /// The training images that a model's run used, with the labels of the model: a label means what it meant in the run.
 fn of_run(
     train: Option<ImageDataset>,
@@ -255,8 +247,8 @@ fn of_run(
     subject: &Subject,
 ) -> anyhow::Result<Option<ImageDataset>> {
     Ok(match (train, data, subject) {
-        (Some(train), Some((section, _)), Subject::Model(pipeline, _)) => {
-            Some(images_for(&train, &section, pipeline)?)
+        (Some(train), Some((section, _)), Subject::Model(model)) => {
+            Some(images_for(&train, &section, &model.pipeline)?)
         }
         (train, ..) => train,
     })

@@ -8,15 +8,24 @@ use ddil_pipelines::{Pipeline, SamplePlan};
 use tch::Tensor;
 
 use crate::cli::EvaluateArgs;
+use crate::commands::model_source::ModelSource;
 use crate::commands::{open_model, set_threads};
 use crate::sample_file;
+
+/// A model that is measured.
+pub(super) struct Model {
+    pub(super) source: ModelSource,
+    pub(super) pipeline: Pipeline,
+    /// How it is sampled, by default.
+    pub(super) plan: SamplePlan,
+}
 
 /// What is measured.
 pub(super) enum Subject {
     /// The data itself.
     Data,
-    /// A model, and how it is sampled.
-    Model(Box<Pipeline>, Box<SamplePlan>),
+    /// A model.
+    Model(Box<Model>),
     /// Samples in files, `[n, channels, height, width]` in `[-1, 1]`.
     Samples(Tensor),
     /// A folder of images.
@@ -26,13 +35,14 @@ pub(super) enum Subject {
 impl Subject {
     pub(super) fn open(args: &EvaluateArgs) -> anyhow::Result<Self> {
         let path = args.subject.as_path();
+        let source = if path == Path::new("data") { None } else { ModelSource::find(path)? };
         ensure!(
-            path == Path::new("data") || path.is_dir(),
-            "{} is not a folder; expected a model folder, a run folder, a folder of images, or `data`",
+            path == Path::new("data") || source.is_some() || path.is_dir(),
+            "{} is not a folder; expected a model folder, a run folder, a checkpoint of a run, a folder of images, or `data`",
             path.display()
         );
-        if path != Path::new("data") && Pipeline::is_at(path) {
-            let (pipeline, plan) = open_model(path, &args.sampling)?;
+        if let Some(source) = source {
+            let (pipeline, plan) = open_model(&source, &args.sampling)?;
             let has_prompts = args.prompting.prompts.is_some();
             match (pipeline.parts.class().is_text_to_image(), has_prompts) {
                 (true, false) => bail!(
@@ -42,7 +52,7 @@ impl Subject {
                 (false, true) => bail!("--prompts: {} takes no prompts", path.display()),
                 _ => {}
             }
-            return Ok(Self::Model(Box::new(pipeline), Box::new(plan)));
+            return Ok(Self::Model(Box::new(Model { source, pipeline, plan })));
         }
         set_threads(args.sampling.threads)?;
         if path == Path::new("data") {
@@ -69,8 +79,8 @@ impl Subject {
         };
         Ok(match self {
             // Their shape is that of a latent.
-            Self::Model(pipeline, _) if pipeline.parts.class().is_text_to_image() => None,
-            Self::Model(pipeline, _) => Some(pipeline.card.image_shape),
+            Self::Model(model) if model.pipeline.parts.class().is_text_to_image() => None,
+            Self::Model(model) => Some(model.pipeline.card.image_shape),
             Self::Samples(images) => of(images),
             Self::Files(files) if of_first => of(&files.image(0)?),
             Self::Data | Self::Files(_) => None,
