@@ -43,7 +43,7 @@ gpu-tests: setup ## what needs a GPU (set LIBTORCH or LIBTORCH_USE_PYTORCH to a 
 # Faults are brought about in a debug build, where the points for them are; what runs long is what is shipped.
 SOAK := --workspace --test program -- --ignored --nocapture --test-threads 1
 soak: setup ## long: kills, failing disks and long runs (DDIL_SOAK_UPDATES, _KILLS, _METHODS; DDIL_SEED)
-	$(CARGO) test $(SOAK) soak_every_fault soak_kills
+	$(CARGO) test $(SOAK) soak_every_fault soak_kills soak_the_protocol
 	$(CARGO) test --release $(SOAK) soak_long_runs
 
 bench: setup ## the benchmarks

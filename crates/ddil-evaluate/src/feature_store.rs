@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::feature_rows::{FeatureRows, is_complete};
 use crate::prompt_drawing::PromptDrawing;
 use crate::prompt_scores::PromptNetworks;
+use crate::prompts::PromptSet;
 
 const KEY: &str = "key.json";
 /// The file that marks features that stay when a measurement is complete.
@@ -88,6 +89,28 @@ impl FeatureKey {
         Ok(Self { parts, total, dim })
     }
 
+    /// The key of a [`PromptMeter`](crate::PromptMeter)'s rows, for images in files in the order of their prompts.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Files`](crate::Error::Files) if a file cannot be read.
+    pub fn of_prompted_files(
+        files: &ImageFiles,
+        prompts: &PromptSet,
+        networks: PromptNetworks<'_>,
+    ) -> Result<Self> {
+        let (total, dim) = (files.len() as u64, networks.dim());
+        let parts = json!({
+            "ddil": VERSION,
+            "files": signature(files.paths())?,
+            "prompts": prompts,
+            "total": total,
+            "measured by": networks.identity(),
+            "dim": dim,
+        });
+        Ok(Self { parts, total, dim })
+    }
+
     fn new(subject: &Value, total: u64, extractor: &dyn FeatureExtractor) -> Self {
         let dim = extractor.dim();
         let parts = json!({
@@ -96,6 +119,7 @@ impl FeatureKey {
             "total": total,
             "extractor": extractor.id(),
             "input": extractor.input(),
+            "variant": extractor.variant(),
             "dim": dim,
         });
         Self { parts, total, dim }
@@ -249,4 +273,58 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use ddil_data::Captions;
+    use ddil_metrics::{ImageInput, TorchScriptExtractor, TorchScriptOptions};
+    use tch::{CModule, Device, Kind, Tensor};
+
+    use super::*;
+    use crate::prompts::EvaluationPrompts;
+
+    type TestResult = std::result::Result<(), Box<dyn std::error::Error>>;
+
+    /// A key has everything that features depend on.
+    #[test]
+    fn other_settings_have_other_keys() -> TestResult {
+        let folder = tempfile::tempdir()?;
+        let place = |name: &str| folder.path().join(name);
+        fs::write(place("a.png"), "not decoded here")?;
+        fs::write(place("prompts.txt"), "a cat")?;
+        let images = [Tensor::ones([1, 3, 4, 4], (Kind::Float, Device::Cpu))];
+        let mut means =
+            |images: &[Tensor]| vec![images[0].mean_dim([2_i64, 3].as_slice(), false, Kind::Float)];
+        CModule::create_by_tracing("network", "forward", &images, &mut means)?
+            .save(place("network.pt"))?;
+        let extractor = |return_features| {
+            let mut options = TorchScriptOptions::default();
+            (options.dim, options.return_features) = (Some(3), return_features);
+            options.input = ImageInput::pytorch_fid();
+            TorchScriptExtractor::from_file(place("network.pt"), options, Device::Cpu)
+        };
+        let (one, two) = (extractor(false)?, extractor(true)?);
+        let files = ImageFiles::in_folder(folder.path())?;
+        let prompts = EvaluationPrompts::from_file(&place("prompts.txt"), Captions::First, None)?;
+        let keys = |extractor: &dyn FeatureExtractor, prompts: &EvaluationPrompts| -> Result<_> {
+            let networks = PromptNetworks::new(Some(extractor), None, None);
+            Ok([
+                FeatureKey::of_files(&files, extractor)?,
+                FeatureKey::of_prompted_files(&files, &prompts.set, networks)?,
+            ])
+        };
+        let own = keys(&one, &prompts)?;
+        assert_eq!(own, keys(&extractor(false)?, &prompts)?);
+        let other = keys(&two, &prompts)?;
+        assert!(own[0] != other[0] && own[1] != other[1]);
+        for changed in [
+            prompts.clone().with_text_around("A photo of", ""),
+            prompts.clone().with_text_around("", "in red"),
+            prompts.clone().with_negative_prompt(Some("")),
+        ] {
+            assert_ne!(own[1], keys(&one, &changed)?[1], "{:?}", changed.set);
+        }
+        Ok(())
+    }
 }

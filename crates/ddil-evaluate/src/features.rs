@@ -143,9 +143,19 @@ fn note(
 }
 
 fn ensure_finite(what: &str, images: &Tensor) -> Result<()> {
-    let finite = || images.f_isfinite()?.f_all()?.f_int64_value(&[]);
-    if finite().map_err(Error::torch("features_of_drawing"))? == 0 {
-        return Err(Error::NotFinite { what: what.to_owned() });
+    if is_finite(images)? {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::NotFinite { what: what.to_owned() })
+}
+
+/// Whether every value is finite.
+///
+/// # Errors
+///
+/// [`Error::Argument`] for a tensor that is not dense.
+pub fn is_finite(images: &Tensor) -> Result<bool> {
+    ddil_libtorch::ensure_dense("is_finite", "images", images)?;
+    let finite = || images.f_isfinite()?.f_all()?.f_int64_value(&[]);
+    Ok(finite().map_err(Error::torch("is_finite"))? != 0)
 }

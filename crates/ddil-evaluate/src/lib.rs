@@ -66,11 +66,11 @@ pub use error::{Error, Result};
 pub use extractor::ExtractorChoice;
 pub use feature_rows::FeatureRows;
 pub use feature_store::{FeatureKey, FeatureStore};
-pub use features::{features_as_stored, features_of_drawing, features_of_files};
+pub use features::{features_as_stored, features_of_drawing, features_of_files, is_finite};
 pub use measurement::{Measurement, StandardErrors};
 pub use monitor::{Monitor, Unmonitored};
 pub use network_folder::FolderExtractor;
-pub use prompt_drawing::PromptDrawing;
+pub use prompt_drawing::{PromptDrawing, Truncated};
 pub use prompt_scores::{
     ClipScores, MeanOverPrompts, PromptDiversity, PromptMeter, PromptNetworks, PromptScores,
 };

@@ -10,11 +10,29 @@ use tch::Tensor;
 
 use ddil_data::Prompt;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::prompts::{EvaluationPrompts, PromptSet};
 
 /// Bits of a stream's step that are the number of a prompt; the others are the number of its image.
 const PROMPT_BITS: u32 = 20;
+
+/// An error of a request, whose settings are those of a measurement.
+fn as_setting(error: ddil_pipelines::Error) -> Error {
+    match error {
+        ddil_pipelines::Error::Invalid(invalid) => invalid.into(),
+        error => error.into(),
+    }
+}
+
+/// What did not fit into the input of the text encoder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Truncated {
+    /// The number of prompts that were truncated.
+    pub prompts: u32,
+    /// Whether the negative prompt was.
+    pub negative: bool,
+}
 
 /// Draws the images of prompts, in parts, so that memory does not grow with their number.
 ///
@@ -34,7 +52,7 @@ impl<'a> PromptDrawing<'a> {
     ///
     /// # Errors
     ///
-    /// Errors of the plan: an invalid number of steps; and of the size.
+    /// Errors of the plan: an invalid number of steps; of the size; and a negative prompt that has no effect.
     pub fn new(
         pipeline: &'a Pipeline,
         text: &'a TextToImageComponents,
@@ -48,7 +66,10 @@ impl<'a> PromptDrawing<'a> {
         }
         let plan = with_published_timesteps(pipeline, plan.clone())?;
         let mut drawing = Self { pipeline, text, plan, size, image_shape: [0; 3], prompts };
-        let [height, width] = drawing.request(&[]).pixels(pipeline, text)?;
+        let first = prompts.prompts.get(..1).unwrap_or_default();
+        drawing.request(first).ensure(pipeline, &drawing.plan).map_err(as_setting)?;
+        let size = drawing.request(first).pixels(pipeline, text).map_err(as_setting)?;
+        let [height, width] = size;
         let _ = text.latent_shape([height, width])?;
         drawing.image_shape = [text.image_channels(), height, width];
         Ok(drawing)
@@ -87,18 +108,18 @@ impl<'a> PromptDrawing<'a> {
 
     /// Draws the images of all prompts after the first `done`, and calls `consume` with some prompts and their images, `[prompts * images_per_prompt, channels,
     /// height, width]` on the CPU, about `[-1, 1]`, those of a prompt one after the other; `on_call` is called after each
-    /// call of the network. Returns the number of prompts that were truncated.
+    /// call of the network. Returns what was truncated.
     ///
     /// # Errors
     ///
     /// Errors of the networks, and of `consume`.
-    pub fn for_each<E: From<crate::Error>>(
+    pub fn for_each<E: From<Error>>(
         &self,
         done: u64,
         on_call: &dyn Fn(),
         mut consume: impl FnMut(&[Prompt], &Tensor) -> std::result::Result<(), E>,
-    ) -> std::result::Result<u32, E> {
-        let (mut truncated, mut first) = (0, done);
+    ) -> std::result::Result<Truncated, E> {
+        let (mut truncated, mut first) = (Truncated::default(), done);
         for part in self.after(done).chunks(self.prompts_at_once()) {
             let images = self.draw(part, first, on_call, &mut truncated)?;
             consume(part, &images)?;
@@ -112,11 +133,12 @@ impl<'a> PromptDrawing<'a> {
         part: &[Prompt],
         first: u64,
         on_call: &dyn Fn(),
-        truncated: &mut u32,
+        truncated: &mut Truncated,
     ) -> Result<Tensor> {
         let encoded = self.request(part).encode(self.pipeline, self.text, &self.plan)?;
-        // A negative prompt is not offered, so that each of them is one of the prompts.
-        *truncated += encoded.truncated.len() as u32;
+        let negative = encoded.is_negative_truncated;
+        truncated.prompts += (encoded.truncated.len() - usize::from(negative)) as u32;
+        truncated.negative |= negative;
         let streams = RandomStreams::new(self.plan.seed, 0);
         let per_prompt = u64::from(self.prompts.set.images_per_prompt);
         let seeds: Vec<u64> = (first..first + part.len() as u64)
@@ -134,8 +156,8 @@ impl<'a> PromptDrawing<'a> {
 
     fn request(&self, prompts: &[Prompt]) -> PromptRequest {
         PromptRequest {
-            prompts: prompts.iter().map(|prompt| prompt.text.clone()).collect(),
-            negative_prompt: None,
+            prompts: prompts.iter().map(|prompt| self.prompts.set.text_of(prompt)).collect(),
+            negative_prompt: self.prompts.set.negative_prompt.clone(),
             size: self.size,
             per_prompt: self.prompts.set.images_per_prompt,
         }

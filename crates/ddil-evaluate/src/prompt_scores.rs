@@ -112,7 +112,7 @@ impl<'a> PromptNetworks<'a> {
 
     /// What identifies the networks and their inputs.
     pub(crate) fn identity(self) -> Value {
-        let extractor = self.extractor.map(|own| json!([own.id(), own.input()]));
+        let extractor = self.extractor.map(|own| json!([own.id(), own.input(), own.variant()]));
         let clip = self.clip.map(|own| json!([own.id(), own.input()]));
         let lpips = self.lpips.map(TorchScriptDistance::id);
         json!({ "extractor": extractor, "clip": clip, "lpips": lpips })

@@ -30,6 +30,27 @@ pub struct PromptSet {
     pub count: u64,
     /// The number of images per prompt.
     pub images_per_prompt: u32,
+    /// The text before each prompt when its images are drawn; empty for none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub prefix: String,
+    /// The text after each prompt when its images are drawn; empty for none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub suffix: String,
+    /// The prompt that guidance leads away from; none for the model's empty prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub negative_prompt: Option<String>,
+}
+
+impl PromptSet {
+    /// The text from which the images of a prompt are drawn: the prompt with the prefix and the suffix.
+    pub fn text_of(&self, prompt: &Prompt) -> String {
+        format!("{}{}{}", self.prefix, prompt.text, self.suffix)
+    }
+
+    /// Whether images are drawn from the prompts alone, guided by the model's own empty prompt.
+    pub fn is_plain(&self) -> bool {
+        self.prefix.is_empty() && self.suffix.is_empty() && self.negative_prompt.is_none()
+    }
 }
 
 /// The prompts of a file, for a measurement.
@@ -76,8 +97,33 @@ impl EvaluationPrompts {
             captions,
             count: prompts.len() as u64,
             images_per_prompt: 1,
+            prefix: String::new(),
+            suffix: String::new(),
+            negative_prompt: None,
         };
         Ok(Self { prompts, set })
+    }
+
+    /// With a text before and after each prompt when its images are drawn; images are compared with the prompt alone.
+    ///
+    /// A space is added where the texts would run together: after the prefix unless it ends with white space, and before
+    /// the suffix unless it begins with white space or punctuation.
+    #[must_use]
+    pub fn with_text_around(mut self, prefix: &str, suffix: &str) -> Self {
+        let is_apart = |c: char| c.is_whitespace() || c.is_ascii_punctuation();
+        let after =
+            if prefix.is_empty() || prefix.ends_with(char::is_whitespace) { "" } else { " " };
+        let before = if suffix.is_empty() || suffix.starts_with(is_apart) { "" } else { " " };
+        self.set.prefix = format!("{prefix}{after}");
+        self.set.suffix = format!("{before}{suffix}");
+        self
+    }
+
+    /// With a prompt that guidance leads away from.
+    #[must_use]
+    pub fn with_negative_prompt(mut self, negative: Option<&str>) -> Self {
+        self.set.negative_prompt = negative.map(str::to_owned);
+        self
     }
 
     /// With another number of images per prompt.

@@ -38,6 +38,13 @@ pub trait FeatureExtractor {
     /// Name of the extractor and hash of its weights; metrics of different extractors are not comparable.
     fn id(&self) -> &str;
 
+    /// What features depend on beside [`id`](Self::id) and [`input`](Self::input); empty, the default, for nothing.
+    ///
+    /// Features that are stored are used only by an extractor with the same variant.
+    fn variant(&self) -> &str {
+        ""
+    }
+
     /// Number of features per image.
     fn dim(&self) -> i64;
 
@@ -299,6 +306,10 @@ impl FeatureExtractor for TorchScriptExtractor {
 
     fn id(&self) -> &str {
         &self.id
+    }
+
+    fn variant(&self) -> &str {
+        if self.options.return_features { "return_features" } else { "" }
     }
 
     fn dim(&self) -> i64 {

@@ -55,8 +55,10 @@ pub struct EncodedRequest {
     pub guidance: Guidance,
     /// Channels, height and width of the latents.
     pub latent_shape: [i64; 3],
-    /// The prompts that were truncated, each with the part that was cut off.
+    /// The prompts that were truncated, each with the part that was cut off; the negative prompt is the last.
     pub truncated: Vec<(String, String)>,
+    /// Whether the last of them is the negative prompt.
+    pub is_negative_truncated: bool,
 }
 
 impl PromptRequest {
@@ -108,6 +110,7 @@ impl PromptRequest {
         let prompts: Vec<&str> = self.prompts.iter().map(String::as_str).collect();
         let encoded = text.encode(&prompts)?;
         let mut truncated = truncations(&prompts, &encoded);
+        let num_prompts = truncated.len();
         let empty = match &self.negative_prompt {
             None => text.empty()?,
             Some(negative) => {
@@ -125,11 +128,18 @@ impl PromptRequest {
             conditioning: with_sizes(conditioning),
             guidance,
             latent_shape,
+            is_negative_truncated: truncated.len() > num_prompts,
             truncated,
         })
     }
 
-    fn ensure(&self, pipeline: &Pipeline, plan: &SamplePlan) -> Result<()> {
+    /// Checks everything that can be checked without encoding: that there are prompts and images, and that a negative
+    /// prompt has an effect.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], as [`encode`](Self::encode).
+    pub fn ensure(&self, pipeline: &Pipeline, plan: &SamplePlan) -> Result<()> {
         let invalid = |field: &str, value: &str, expected: &str| {
             Err(Error::Invalid(Invalid::new(field, value.to_owned(), expected)))
         };

@@ -158,7 +158,8 @@ pub(crate) struct SamplingArgs {
 /// Arguments of `ddil sample`.
 #[derive(Debug, Args)]
 pub(crate) struct SampleArgs {
-    /// A model folder, or a run folder with a model.
+    /// A model folder, a run folder with a model, or a checkpoint of a run: its folder, `checkpoints/latest` or
+    /// `checkpoints/best`.
     pub(crate) model: PathBuf,
     /// Number of samples, in total or per prompt; the default is 64, or 1 per prompt.
     #[arg(long, short)]
@@ -238,6 +239,28 @@ pub(crate) struct EvaluatePromptArgs {
     /// Images to draw for each prompt; from 2 on, their diversity is measured. For images in files the number is found.
     #[arg(long, value_name = "N", requires = "prompts", default_value_t = 1)]
     pub(crate) images_per_prompt: u32,
+    /// The prompt to guide away from; the default is the model's encoding of an empty prompt.
+    #[arg(long, value_name = "TEXT", requires = "prompts")]
+    pub(crate) negative_prompt: Option<String>,
+    /// Draw with this text before each prompt, as in "A photo of"; a space is added. The CLIP score compares with the
+    /// prompt alone.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "prompts",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) prompt_prefix: String,
+    /// Draw with this text after each prompt, as in ", highly detailed". The CLIP score compares with the prompt alone.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "prompts",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) prompt_suffix: String,
     /// CLIP, for the CLIP score: a transformers folder with config.json, model.safetensors and the tokenizer.
     #[arg(long, value_name = "FOLDER", requires = "prompts")]
     pub(crate) clip: Option<PathBuf>,
@@ -294,7 +317,7 @@ impl Protocol {
 /// Arguments of `ddil evaluate`.
 #[derive(Debug, Args)]
 pub(crate) struct EvaluateArgs {
-    /// What to measure: a model folder, a run folder, or a folder of images (PNG, JPEG, or `.safetensors` written by
+    /// What to measure: a model folder, a run folder, a checkpoint of a run, or a folder of images (PNG, JPEG, or `.safetensors` written by
     /// `ddil sample`); `data` compares the data's training images with its held-out images.
     pub(crate) subject: PathBuf,
     /// Number of samples to draw.

@@ -5,8 +5,8 @@ use ddil_evaluate::{
     CaptionScorer, Drawing, EvaluationPrompts, ExtractorChoice, FeatureKey, FeatureRows,
     FeatureStore, FolderExtractor, Measurement, Metric, PromptDrawing, PromptMeter, PromptNetworks,
     ReferenceChoice, Unmonitored, all_images, draw, draw_observed, features_as_stored,
-    features_of_drawing, features_of_files, few_images, reference_of_dataset, reference_of_images,
-    score, shift, warnings_of,
+    features_of_drawing, features_of_files, few_images, is_finite, reference_of_dataset,
+    reference_of_images, score, shift, warnings_of,
 };
 use ddil_metrics::{FeatureExtractor, RawPixels};
 use ddil_models::Placement;
@@ -37,6 +37,9 @@ fn ddil_evaluate() {
         "PromptMeter::new",
         "PromptNetworks::new",
         "PromptDrawing::num_calls",
+        "PromptSet::text_of",
+        "EvaluationPrompts::with_text_around",
+        "EvaluationPrompts::with_negative_prompt",
         "Measurement::write_all",
         "Metric::as_str",
         "Metric::of",
@@ -92,6 +95,7 @@ fn choices(cases: &mut Cases) {
 fn features(cases: &mut Cases) {
     let extractor = RawPixels::new([1, 2, 2]);
     let images = Tensor::rand([16, 1, 2, 2], kind::FLOAT_CPU) * 2.0 - 1.0;
+    cases.tensors("is_finite", &[&images], |t| outcome(is_finite(&t[0])));
     cases.tensors("features_as_stored", &[&images], |t| {
         outcome(features_as_stored(&t[0], &extractor))
     });
@@ -132,6 +136,12 @@ fn features(cases: &mut Cases) {
         outcome(rows.push(&t[0]).and_then(|()| rows.push(&Tensor::zeros([1, 4], kind::FLOAT_CPU))))
     });
     cases.once("FeatureRows::finish", "no rows", || outcome(FeatureRows::in_memory().finish()));
+    cases.once("FeatureKey::of_prompted_files", "a file", || {
+        let prompts = folder.path().join("prompts.txt");
+        std::fs::write(&prompts, "a cat").expect("it is writable");
+        let set = EvaluationPrompts::from_file(&prompts, Captions::All, None).expect("one").set;
+        outcome(FeatureKey::of_prompted_files(&files, &set, PromptNetworks::new(None, None, None)))
+    });
     let key = FeatureKey::of_files(&files, &extractor).expect("the file exists");
     for place in [folder.path().join("a.png"), "nul\0byte".into()] {
         let mut store = FeatureStore::in_folder(&place);

@@ -288,6 +288,9 @@ fn components(cases: &mut Cases, model: &TextToImage) {
     cases.once("PromptRequest::pixels", "no height", || {
         outcome(request(Vec::new()).pixels(pipeline, components))
     });
+    cases.once("PromptRequest::ensure", "no prompt", || {
+        outcome(request(Vec::new()).ensure(pipeline, &plan))
+    });
     cases.once("PromptRequest::encode", "no prompt", || {
         outcome(request(Vec::new()).encode(pipeline, components, &plan))
     });

@@ -8,7 +8,7 @@ use crate::exit_code::NOT_FINITE;
 use crate::sample_file;
 use anyhow::{Context, bail, ensure};
 use ddil_data::{Captions, read_prompts};
-use ddil_evaluate::draw_observed;
+use ddil_evaluate::{draw_observed, is_finite};
 use ddil_models::Lora;
 use ddil_pipelines::{
     Image, Layout, Pipeline, PromptRequest, SampleGrid, SamplePlan, decode, sample_latents,
@@ -212,7 +212,7 @@ fn class_number(names: &[String], text: &str) -> anyhow::Result<i64> {
 fn write(args: &SampleArgs, output: &Path, drawn: &Drawn) -> anyhow::Result<ExitCode> {
     let n = drawn.images.size()[0];
     if sample_file::is_named(output) {
-        if !sample_file::is_finite(&drawn.images)? {
+        if !is_finite(&drawn.images)? {
             eprintln!(
                 "error: samples of {} are NaN or infinite; nothing was written",
                 args.model.display()

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
-use ddil_data::ImageFiles;
+use ddil_data::{ImageFiles, Prompt};
 use ddil_evaluate::{
     CaptionScorer, EvaluationPrompts, FeatureKey, FeatureRows, Measurement, PromptDrawing,
-    PromptMeter, PromptNetworks, PromptScores,
+    PromptMeter, PromptNetworks, PromptScores, is_finite,
 };
 use ddil_metrics::{FeatureExtractor, Reference, TorchScriptDistance, quantize};
 use ddil_pipelines::SamplePlan;
@@ -34,7 +34,9 @@ pub(super) fn prompts(args: &EvaluateArgs) -> anyhow::Result<Option<EvaluationPr
     let captions = options.captions.into();
     let prompts = EvaluationPrompts::from_file(path, captions, options.max_prompts)
         .and_then(|prompts| prompts.with_images_per_prompt(options.images_per_prompt))
-        .map_err(as_option)?;
+        .map_err(as_option)?
+        .with_text_around(&options.prompt_prefix, &options.prompt_suffix)
+        .with_negative_prompt(options.negative_prompt.as_deref());
     protocol::ensure(args, &prompts)?;
     let measures = [&options.clip, &options.lpips].iter().any(|path| path.is_some());
     ensure!(
@@ -146,6 +148,14 @@ pub(super) fn rows(
     prompts: EvaluationPrompts,
     features: &mut Features,
 ) -> anyhow::Result<(Vec<Row>, ExitCode)> {
+    if !matches!(subject, Subject::Model(_)) {
+        ensure!(
+            prompts.set.is_plain(),
+            "--negative-prompt, --prompt-prefix and --prompt-suffix are for images that a model draws; those of {} are drawn \
+             already",
+            args.subject.display()
+        );
+    }
     let row = match subject {
         Subject::Model(model) => return model_rows(args, subject, model, &prompts, features),
         Subject::Files(files) => files_row(args, subject, files, prompts, features)?,
@@ -235,18 +245,12 @@ fn drawn(
         let folders: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
         FeatureKey::of_prompts(&folders, drawing, &network, networks.all())
     })?;
-    let mut meter = PromptMeter::new(networks.all(), prompts.set.images_per_prompt, rows);
-    let before = meter.num_prompts();
-    if before > 0 {
-        tracing::info!("{before} of {} prompts are measured already", prompts.set.count);
-    }
+    let (mut meter, before) = meter_after(rows, prompts, networks);
     let (all, left) = (drawing.num_calls(0), drawing.num_calls(before));
     let calls = Calls::of_number("evaluate", all.saturating_sub(left), all);
     let interrupt = features.interrupt;
     let drawn = drawing.for_each(before, &|| calls.note(), |prompts, images| {
-        let is_finite =
-            sample_file::is_finite(images).map_err(|error| Stop::Error(error.into()))?;
-        if !is_finite {
+        if !is_finite(images)? {
             return Err(Stop::NotFinite);
         }
         let stored = quantize(images).map_err(ddil_evaluate::Error::from)?;
@@ -264,12 +268,32 @@ fn drawn(
         Err(Stop::Error(error)) => return Err(error),
         Err(_) => return Ok(None),
     };
-    if truncated > 0 {
+    if truncated.prompts > 0 {
         tracing::warn!(
-            "{truncated} prompts are longer than the text encoder's input and were truncated"
+            "{} prompts are longer than the text encoder's input and were truncated",
+            truncated.prompts
+        );
+    }
+    if truncated.negative {
+        tracing::warn!(
+            "--negative-prompt is longer than the text encoder's input and was truncated"
         );
     }
     networks.row(args, prompts, "samples", save_as, meter).map(Some)
+}
+
+/// A meter that continues after the rows of an earlier process, and the number of prompts that this measured.
+fn meter_after<'a>(
+    rows: FeatureRows,
+    prompts: &EvaluationPrompts,
+    networks: &'a Networks,
+) -> (PromptMeter<'a>, u64) {
+    let meter = PromptMeter::new(networks.all(), prompts.set.images_per_prompt, rows);
+    let before = meter.num_prompts();
+    if before > 0 {
+        tracing::info!("{before} of {} prompts are measured already", prompts.set.count);
+    }
+    (meter, before)
 }
 
 /// Writes the first few samples, which are drawn again.
@@ -300,8 +324,8 @@ fn ensure_not_stopped(
 }
 
 /// Prompts per pass, each with `k` images.
-fn prompts_at_once(k: u32) -> usize {
-    (IMAGES_AT_ONCE / k.max(1) as usize).max(1)
+fn prompts_at_once(k: usize) -> usize {
+    (IMAGES_AT_ONCE / k.max(1)).max(1)
 }
 
 /// The row of images in files, matched with their prompts.
@@ -320,29 +344,53 @@ fn files_row(
         tracing::warn!("only {} of {all} prompts have images", prompts.set.count);
     }
     let networks = Networks::open(args, subject, None, features)?;
-    let mut meter = PromptMeter::new(networks.all(), k, FeatureRows::in_memory());
-    let (mut waiting, mut done) = (Vec::new(), 0);
-    let mut progress = Progress::new("images", 0, files.len() as u64);
-    let at_once = prompts_at_once(k) * k as usize;
+    let key = || FeatureKey::of_prompted_files(&files, &prompts.set, networks.all());
+    let rows = features.rows(files.len() as u64, key)?;
+    let (mut meter, before) = meter_after(rows, &prompts, &networks);
+    if let Some(left) = files.skip(before as usize * k as usize) {
+        let left_prompts = &prompts.prompts[before as usize..];
+        add_files(args, &left, left_prompts, &mut meter, features.interrupt)?;
+    }
+    let name = args.subject.display().to_string();
+    let measurement = networks.row(args, &prompts, &name, Some(&name), meter)?;
+    Ok((name, measurement))
+}
+
+/// Measures the files that are left, as many for each of the prompts that are left.
+fn add_files(
+    args: &EvaluateArgs,
+    files: &ImageFiles,
+    prompts: &[Prompt],
+    meter: &mut PromptMeter<'_>,
+    interrupt: &Interrupt,
+) -> anyhow::Result<()> {
+    let k = files.len() / prompts.len().max(1);
+    let before = meter.num_prompts() * k as u64;
+    let total = before + files.len() as u64;
+    let (mut waiting, mut left) = (Vec::new(), prompts);
+    let mut progress = Progress::new("images", before, total);
+    let at_once = prompts_at_once(k) * k;
     let threads = num_threads(args.sampling.threads);
     files.for_each(threads, Ok::<_, anyhow::Error>, |index, image| {
         protocol::ensure_size(args, [image.size()[2], image.size()[3]])
             .with_context(|| files.paths()[index].display().to_string())?;
         waiting.push(image);
-        if waiting.len() == at_once || index + 1 == files.len() {
-            let some = &prompts.prompts[done..done + waiting.len() / k as usize];
-            meter.add(some, &waiting)?;
-            done += some.len();
-            waiting.clear();
-            progress.update(index as u64 + 1, &[]);
-            ensure_not_stopped(features.interrupt, index as u64 + 1, files.len() as u64, false)?;
+        if waiting.len() < at_once && index + 1 < files.len() {
+            return Ok(());
         }
-        Ok(())
+        let (some, rest) = left.split_at(waiting.len() / k);
+        meter.add(some, &waiting).map_err(as_option)?;
+        (left, waiting) = (rest, Vec::new());
+        let done = before + index as u64 + 1;
+        progress.update(done, &[]);
+        let stopped = ensure_not_stopped(interrupt, done, total, meter.is_kept());
+        if stopped.is_err() {
+            meter.save()?;
+        }
+        Ok(stopped?)
     })?;
     progress.finish();
-    let name = args.subject.display().to_string();
-    let measurement = networks.row(args, &prompts, &name, Some(&name), meter)?;
-    Ok((name, measurement))
+    Ok(())
 }
 
 /// The row of samples in files of tensors, in the order of the prompts.
@@ -367,7 +415,7 @@ fn samples_row(
     let networks = Networks::open(args, subject, None, features)?;
     let stored = quantize(images)?;
     let mut meter = PromptMeter::new(networks.all(), k, FeatureRows::in_memory());
-    let at_once = prompts_at_once(k);
+    let at_once = prompts_at_once(k as usize);
     let parts = stored.split(at_once as i64 * i64::from(k), 0);
     for (images, prompts) in parts.iter().zip(prompts.prompts.chunks(at_once)) {
         meter.add(prompts, &images.split(1, 0)).map_err(as_option)?;

@@ -15,6 +15,11 @@ pub(super) fn ensure(args: &EvaluateArgs, prompts: &EvaluationPrompts) -> anyhow
     let options = &args.prompting;
     let Some(Protocol::Coco2017) = options.protocol else { return Ok(()) };
     let protocol = Protocol::Coco2017.as_str();
+    ensure!(
+        options.captions == CaptionChoice::First && prompts.set.images_per_prompt == 1,
+        "--protocol {protocol}: expected the first caption of each image and one image of it; leave out --captions and \
+         --images-per-prompt"
+    );
     let is_named = prompts.prompts.iter().all(|prompt| prompt.image.is_some());
     ensure!(
         prompts.set.count == COCO_2017 && is_named,
@@ -24,9 +29,9 @@ pub(super) fn ensure(args: &EvaluateArgs, prompts: &EvaluationPrompts) -> anyhow
         if is_named { "" } else { " without names of images" }
     );
     ensure!(
-        options.captions == CaptionChoice::First && prompts.set.images_per_prompt == 1,
-        "--protocol {protocol}: expected the first caption of each image and one image of it; leave out --captions and \
-         --images-per-prompt"
+        prompts.set.is_plain(),
+        "--protocol {protocol}: expected images of the captions alone; leave out --negative-prompt, --prompt-prefix and \
+         --prompt-suffix"
     );
     ensure!(
         args.extractor.is_some() && args.reference.is_some() && options.clip.is_some(),
