@@ -1,7 +1,7 @@
 //! The Fashion-MNIST classifier.
 
 use ddil_libtorch::ArgumentError;
-use ddil_metrics::{Error, FashionClassifier, FeatureExtractor};
+use ddil_metrics::{Error, FASHION_CLASSES, FashionClassifier, FeatureExtractor};
 use tch::{Device, IndexOp, Kind, Tensor, kind};
 
 fn images(seed: i64, n: i64) -> Tensor {
@@ -48,6 +48,24 @@ fn weights_written_and_read_back() -> ddil_metrics::Result<()> {
     assert_ne!(read.id(), classifier.id());
     let images = images(3, 2);
     assert_eq!(read.logits(&images)?, classifier.logits(&images)?.detach());
+    Ok(())
+}
+
+/// Classes of features are those of the images, also of features on which metrics were computed before.
+#[test]
+fn a_class_follows_from_features() -> ddil_metrics::Result<()> {
+    let classifier = FashionClassifier::pretrained(Device::Cpu)?;
+    let images = images(5, 40);
+    let predictor = classifier.class_predictor().expect("it is a classifier");
+    assert_eq!(predictor.class_names(), FASHION_CLASSES);
+    let predicted = predictor.predict(&classifier.features(&images)?)?;
+    assert_eq!(predicted, classifier.logits(&images)?.argmax(1, false));
+    let stored = classifier.features(&images)?.to_kind(Kind::Double);
+    assert_eq!(predictor.predict(&stored)?, predicted);
+
+    let error = predictor.predict(&images.narrow(1, 0, 1)).expect_err("these are images");
+    let Error::Argument(ArgumentError::Shape { expected, .. }) = error else { panic!("{error}") };
+    assert_eq!(expected, "[n, 64]");
     Ok(())
 }
 

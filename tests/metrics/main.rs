@@ -1,5 +1,6 @@
 //! Tests of `ddil-metrics`, a module for each of its files.
 
+mod classes;
 mod classifier;
 mod coverage;
 mod diversity;

@@ -219,6 +219,8 @@ fn measurement(frechet: f64) -> Measurement {
         extractor: "none".to_owned(),
         frechet: Some(frechet),
         frechet_to_teacher: Some(frechet / 2.0),
+        class_agreement: None,
+        missing_classes: None,
         kid: None,
         reference_samples: None,
         solver: None,

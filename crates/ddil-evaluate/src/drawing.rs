@@ -12,6 +12,7 @@ use ddil_pipelines::{
 };
 use tch::{Device, Kind, Tensor};
 
+use crate::classes::label_of;
 use crate::error::{Error, Result};
 
 /// The samples of a seed, drawn batch by batch, so that memory does not grow with their number.
@@ -81,7 +82,7 @@ impl<'a> Drawing<'a> {
             if num_classes == 0 {
                 return Ok(Conditioning::none());
             }
-            let rows: Vec<i64> = rows.map(|row| row % i64::from(num_classes)).collect();
+            let rows: Vec<i64> = rows.map(|row| label_of(row, i64::from(num_classes))).collect();
             Ok(classes.index_select(&Tensor::from_slice(&rows).to_device(device))?)
         };
         let conditioning = Box::new(conditioning);

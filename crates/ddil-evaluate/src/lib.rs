@@ -12,6 +12,7 @@
 //! | keep features, and continue after a stop | [`FeatureRows`], [`FeatureStore`], [`FeatureKey`] |
 //! | compare | [`score`], [`Scores`], [`FeatureScores`], [`Metric`] |
 //! | measure images of prompts: CLIP score, diversity | [`EvaluationPrompts`], [`PromptSet`], [`PromptDrawing`], [`PromptMeter`], [`PromptNetworks`], [`CaptionScorer`] |
+//! | by class: whether samples show it; classes that the data lack | [`SamplesOfClasses`], [`MissingClasses`] |
 //! | record the result | [`Measurement`], [`StandardErrors`] |
 //! | measure the covariate shift | [`shift`], [`ShiftRow`] |
 //! | show progress, stop | [`Monitor`], [`Unmonitored`] |
@@ -42,6 +43,7 @@
 #![forbid(unsafe_code)]
 
 mod caption_score;
+mod classes;
 mod drawing;
 mod error;
 mod extractor;
@@ -60,6 +62,7 @@ mod scores;
 mod shift;
 
 pub use caption_score::{CaptionEmbeds, CaptionScorer};
+pub use classes::{MissingClasses, SamplesOfClasses};
 pub use ddil_files::Report;
 pub use drawing::{Drawing, draw, draw_observed};
 pub use error::{Error, Result};

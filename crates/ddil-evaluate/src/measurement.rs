@@ -10,6 +10,7 @@ use ddil_schedulers::{SolverConfig, Thresholding};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+use crate::classes::MissingClasses;
 use crate::error::Result;
 use crate::prompt_scores::{ClipScores, PromptDiversity};
 use crate::prompts::PromptSet;
@@ -68,6 +69,13 @@ pub struct Measurement {
     /// student of a guided teacher is trained to match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frechet_to_teacher: Option<f64>,
+    /// Share of samples that the extractor's classifier takes for the class that was asked for; none if it has no
+    /// classifier of the model's classes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class_agreement: Option<f64>,
+    /// The samples of classes that the training data lack, if they lack any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_classes: Option<MissingClasses>,
     /// Share of samples near real ones; none if the reference has statistics alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<f64>,
@@ -174,6 +182,8 @@ impl Measurement {
             kid: None,
             frechet: None,
             frechet_to_teacher: None,
+            class_agreement: None,
+            missing_classes: None,
             precision: None,
             recall: None,
             density: None,

@@ -101,14 +101,8 @@ impl Settings {
     /// [`Error::InvalidOverride`] if `=` is missing, a part of the key is empty, or the key leads through a value that
     /// is neither a table nor an array.
     pub fn set(&mut self, assignment: &str) -> Result<()> {
-        let invalid = |reason: String| Error::InvalidOverride { text: assignment.into(), reason };
-        let (key, value) =
-            assignment.split_once('=').ok_or_else(|| invalid("expected key=value".into()))?;
-        let key: Vec<String> = key.split('.').map(|part| part.trim().to_owned()).collect();
-        if key.iter().any(String::is_empty) {
-            return Err(invalid("the key has an empty part".into()));
-        }
-        insert(&mut self.values, &key, parse_value(value)).map_err(invalid)?;
+        let (key, value) = parse_assignment(assignment)?;
+        insert(&mut self.values, &key, value).map_err(|reason| invalid(assignment, reason))?;
         self.overrides.push(Override { text: assignment.to_owned(), key });
         Ok(())
     }
@@ -173,6 +167,25 @@ impl Settings {
             DeTable::parse(&self.text).ok().and_then(|table| span_in_table(table.get_ref(), key));
         place(&self.path, &self.text, span)
     }
+}
+
+/// The parts of the key and the value of an assignment: `a.b=c`, where `c` is TOML; anything else is a string.
+///
+/// # Errors
+///
+/// [`Error::InvalidOverride`] if `=` is missing or a part of the key is empty.
+pub fn parse_assignment(text: &str) -> Result<(Vec<String>, Value)> {
+    let (key, value) =
+        text.split_once('=').ok_or_else(|| invalid(text, "expected key=value".into()))?;
+    let key: Vec<String> = key.split('.').map(|part| part.trim().to_owned()).collect();
+    if key.iter().any(String::is_empty) {
+        return Err(invalid(text, "the key has an empty part".into()));
+    }
+    Ok((key, parse_value(value)))
+}
+
+fn invalid(text: &str, reason: String) -> Error {
+    Error::InvalidOverride { text: text.to_owned(), reason }
 }
 
 /// The settings as TOML with every value, for the copy that is stored with a run.

@@ -10,7 +10,7 @@ use tch::{
 };
 
 use crate::{
-    FeatureExtractor,
+    ClassPredictor, FeatureExtractor,
     error::{Error, Result, ensure_numbers, torch},
     features::{in_batches, sha256},
     image_input::ImageInput,
@@ -223,6 +223,30 @@ impl FeatureExtractor for FashionClassifier {
 
     fn dim(&self) -> i64 {
         DIM
+    }
+
+    fn class_predictor(&self) -> Option<&dyn ClassPredictor> {
+        Some(self)
+    }
+}
+
+impl ClassPredictor for FashionClassifier {
+    fn class_names(&self) -> &[&'static str] {
+        &FASHION_CLASSES
+    }
+
+    fn predict(&self, features: &Tensor) -> Result<Tensor> {
+        const OP: &str = "FashionClassifier::predict";
+        ensure_numbers(OP, "features", features)?;
+        if features.dim() != 2 || features.size()[1] != DIM {
+            let (shape, expected) = (features.size(), format!("[n, {DIM}]"));
+            let name = "features";
+            return Err(Error::Argument(ArgumentError::Shape { op: OP, name, shape, expected }));
+        }
+        let _no_grad = tch::no_grad_guard();
+        let logits =
+            self.adapt(features).f_linear(&self.layers.head.ws, self.layers.head.bs.as_ref());
+        logits.and_then(|logits| logits.f_argmax(1, false)).map_err(torch(OP))
     }
 }
 

@@ -48,6 +48,11 @@ pub trait FeatureExtractor {
     /// Number of features per image.
     fn dim(&self) -> i64;
 
+    /// The classes that the network distinguishes; none for a network without a classifier.
+    fn class_predictor(&self) -> Option<&dyn ClassPredictor> {
+        None
+    }
+
     /// Features of images, one row per image, without gradients.
     ///
     /// # Shapes and units
@@ -62,6 +67,24 @@ pub trait FeatureExtractor {
         ensure_images("FeatureExtractor::features", images, self.input().channels)?;
         in_batches(images, |batch| self.extract(&self.input().prepare(batch)?))
     }
+}
+
+/// Names the class of an image from its features.
+pub trait ClassPredictor {
+    /// Names of the classes, by label.
+    fn class_names(&self) -> &[&'static str];
+
+    /// The most probable class of each image.
+    ///
+    /// # Shapes and units
+    ///
+    /// - `features`: `[n, dim]`, as [`FeatureExtractor::extract`] returns them
+    /// - returns: `[n]`, `Int64`, labels of [`class_names`](Self::class_names)
+    ///
+    /// # Errors
+    ///
+    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for features of another shape.
+    fn predict(&self, features: &Tensor) -> Result<Tensor>;
 }
 
 /// Rounds images to the 256 levels of a PNG, so that generated images are measured as stored.

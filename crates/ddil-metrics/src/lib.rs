@@ -13,6 +13,7 @@
 //! | how exact is a number? | [`standard_errors`], [`kid_of_subsets`] |
 //! | real images in a file | [`Reference`]: also pytorch-fid's and clean-fid's `.npz` |
 //! | features of images | [`FashionClassifier`], [`RawPixels`], [`TorchScriptExtractor`] |
+//! | do samples show what was asked for? | [`ClassPredictor`] |
 //! | the input of a network from images of any size | [`ImageInput`] |
 //!
 //! [`measure`] computes all of them and returns a [`Report`] with the reference, the extractor and the number of
@@ -62,7 +63,7 @@ pub use diversity::{mean_cosine_distance, mean_pairwise_distance};
 pub use energy::energy_distance;
 pub use error::{Error, Result};
 pub use features::{
-    FeatureExtractor, RawPixels, TorchScriptExtractor, TorchScriptOptions, quantize,
+    ClassPredictor, FeatureExtractor, RawPixels, TorchScriptExtractor, TorchScriptOptions, quantize,
 };
 pub use frechet::{Moments, Statistics, frechet_distance};
 pub use image_input::{ImageInput, Normalization, PixelRange, Resize};

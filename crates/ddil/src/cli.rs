@@ -39,7 +39,7 @@ pub(crate) enum Command {
     Runs(RunsArgs),
     /// Print each channel's value range in a dataset as a `[thresholding]` table.
     Range(RangeArgs),
-    /// Distil the Fashion-MNIST teacher with and without DDIL and compare the students.
+    /// Distil the Fashion-MNIST teacher with and without DDIL, on all data and on poor data, and compare the students.
     Demo(DemoArgs),
     /// Run many distillations (all combinations of settings and seeds) and compare the students.
     Compare(CompareArgs),
@@ -355,6 +355,10 @@ pub(crate) struct EvaluateArgs {
     /// Also measure the Fréchet distance to the samples in this folder (`.safetensors` files written by `ddil sample`).
     #[arg(long, value_name = "FOLDER")]
     pub(crate) teacher_samples: Option<PathBuf>,
+    /// For SUBJECT a folder of `.safetensors` files of `ddil sample`: the model that drew them, whose classes alternate.
+    /// Measures whether the samples show their class.
+    #[arg(long, value_name = "MODEL", conflicts_with = "prompts")]
+    pub(crate) classes_of: Option<PathBuf>,
     /// Also measure at these numbers of steps, as in `1,2,8`, with one row each.
     #[arg(long, value_name = "STEPS", value_delimiter = ',')]
     pub(crate) also_steps: Vec<u32>,
@@ -510,7 +514,7 @@ pub(crate) struct DemoArgs {
     /// The teacher's model folder.
     #[arg(long, default_value = "assets/fashion-mnist-teacher")]
     pub(crate) teacher: PathBuf,
-    /// Override a setting of both students; can be repeated.
+    /// Override a setting of all students; can be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) overrides: Vec<String>,
     /// Number of samples on which each model is measured.

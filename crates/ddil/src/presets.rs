@@ -17,7 +17,7 @@ pub(crate) struct Preset {
 }
 
 /// All presets.
-pub(crate) const PRESETS: [Preset; 23] = [
+pub(crate) const PRESETS: [Preset; 24] = [
     Preset {
         name: "own-images-teacher",
         verb: "train",
@@ -119,6 +119,12 @@ pub(crate) const PRESETS: [Preset; 23] = [
         verb: "compare",
         about: "PD with and without DDIL and thresholding, three seeds each",
         text: include_str!("../presets/compare-fashion-mnist-pd.toml"),
+    },
+    Preset {
+        name: "compare-demo",
+        verb: "compare",
+        about: "what `ddil demo` runs: data that lack classes of the teacher, and all data as the control",
+        text: include_str!("../presets/compare-demo.toml"),
     },
     Preset {
         name: "fashion-mnist-text-lcm-ddil",

@@ -111,6 +111,39 @@ pub fn prompt_table(rows: &[(String, Measurement)]) -> String {
     aligned(&cells)
 }
 
+/// A table of what samples of classes show, one line per measurement; empty without any.
+pub(crate) fn class_table(rows: &[(String, Measurement)]) -> String {
+    let of_classes: Vec<_> = rows
+        .iter()
+        .filter(|(_, m)| m.class_agreement.is_some() || m.missing_classes.is_some())
+        .collect();
+    if of_classes.is_empty() {
+        return String::new();
+    }
+    let with_missing = of_classes.iter().any(|(_, m)| m.missing_classes.is_some());
+    let number = |value: Option<f64>, decimals: usize| {
+        value.map_or("-".to_owned(), |value| format!("{value:.decimals$}"))
+    };
+    let mut heads = vec!["model", "steps", "class agreement"];
+    if with_missing {
+        heads.extend(["missing classes", "their agreement", "their distance to teacher"]);
+    }
+    let mut cells = vec![heads.into_iter().map(str::to_owned).collect::<Vec<_>>()];
+    for (name, m) in of_classes {
+        let mut row = vec![name.clone(), m.steps.to_string(), number(m.class_agreement, 3)];
+        if with_missing {
+            let missing = m.missing_classes.as_ref();
+            row.extend([
+                missing.map_or("-".to_owned(), |missing| missing.classes.len().to_string()),
+                number(missing.and_then(|missing| missing.class_agreement), 3),
+                number(missing.and_then(|missing| missing.frechet_to_teacher), 2),
+            ]);
+        }
+        cells.push(row);
+    }
+    aligned(&cells)
+}
+
 /// A mean with its standard error.
 fn with_error(value: MeanOverPrompts, decimals: usize) -> String {
     let mean = format!("{:.decimals$}", value.mean);

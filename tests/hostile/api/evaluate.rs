@@ -4,9 +4,9 @@ use ddil_data::{Captions, FashionMnist, ImageDataset, ImageFiles};
 use ddil_evaluate::{
     CaptionScorer, Drawing, EvaluationPrompts, ExtractorChoice, FeatureKey, FeatureRows,
     FeatureStore, FolderExtractor, Measurement, Metric, PromptDrawing, PromptMeter, PromptNetworks,
-    ReferenceChoice, Unmonitored, all_images, draw, draw_observed, features_as_stored,
-    features_of_drawing, features_of_files, few_images, is_finite, reference_of_dataset,
-    reference_of_images, score, shift, warnings_of,
+    ReferenceChoice, SamplesOfClasses, Unmonitored, all_images, draw, draw_observed,
+    features_as_stored, features_of_drawing, features_of_files, few_images, is_finite,
+    reference_of_dataset, reference_of_images, score, shift, warnings_of,
 };
 use ddil_metrics::{FeatureExtractor, RawPixels};
 use ddil_models::Placement;
@@ -115,6 +115,21 @@ fn features(cases: &mut Cases) {
     cases.once("warnings_of", "sixteen images", || {
         let _ = warnings_of(&reference, &extractor);
         Ok(())
+    });
+    let names = ["hat".to_owned(), "cap".to_owned()];
+    cases.tensors("SamplesOfClasses::new", &[&rows], |t| {
+        outcome(SamplesOfClasses::new(&t[0], &names).and_then(|own| own.agreement(&extractor)))
+    });
+    cases
+        .once("SamplesOfClasses::new", "no classes", || outcome(SamplesOfClasses::new(&rows, &[])));
+    let samples = SamplesOfClasses::new(&rows, &names).expect("it takes them");
+    for labels in [&[][..], &[0], &[1, 0], &[usize::MAX]] {
+        cases.once("SamplesOfClasses::of_missing", &format!("{labels:?}"), || {
+            outcome(samples.of_missing(labels, Some(&reference), &extractor))
+        });
+    }
+    cases.once("SamplesOfClasses::agreement", "no classifier", || {
+        outcome(samples.agreement(&extractor))
     });
     let scores = score(&reference, &rows).expect("it takes them");
     let measurement = Measurement::of("images", &scores, &reference, &extractor);

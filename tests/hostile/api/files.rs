@@ -1,4 +1,4 @@
-use ddil_files::settings::{Settings, differences, inline_toml, to_toml};
+use ddil_files::settings::{Settings, differences, inline_toml, parse_assignment, to_toml};
 use ddil_files::{
     Invalid, JsonSettings, ensure_version, hex, listed, open_regular_file, parent, read_bounded,
     read_json, read_small_json, read_text_bounded, read_versioned, sync_folder, temporary_sibling,
@@ -99,6 +99,7 @@ fn toml_settings(cases: &mut Cases) {
         });
     }
     for assignment in ["", "=", "a", "a=", "a.=1", ".=1", "a.9.b=1", "a.0.b.c=1", "a=\u{0}"] {
+        cases.once("parse_assignment", assignment, || outcome(parse_assignment(assignment)));
         cases.once("Settings::set", assignment, || {
             let mut settings = valid(Settings::parse("settings.toml", "a = [1, {b = 2}]"));
             outcome(settings.set(assignment))?;

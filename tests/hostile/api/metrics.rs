@@ -1,9 +1,10 @@
 use ddil_metrics::{
-    FashionClassifier, FeatureExtractor, ImageInput, MeasureOptions, Moments, Neighbours,
-    RawPixels, Reference, Statistics, Subsets, TorchScriptDistance, TorchScriptExtractor,
-    TorchScriptOptions, density_coverage, diversity_per_group, energy_distance, frechet_distance,
-    kid, kid_of_subsets, mean_cosine_distance, mean_pairwise_distance, measure, prdc,
-    precision_recall, quantize, sliced_wasserstein, sliced_wasserstein_along, standard_errors,
+    ClassPredictor, FashionClassifier, FeatureExtractor, ImageInput, MeasureOptions, Moments,
+    Neighbours, RawPixels, Reference, Statistics, Subsets, TorchScriptDistance,
+    TorchScriptExtractor, TorchScriptOptions, density_coverage, diversity_per_group,
+    energy_distance, frechet_distance, kid, kid_of_subsets, mean_cosine_distance,
+    mean_pairwise_distance, measure, prdc, precision_recall, quantize, sliced_wasserstein,
+    sliced_wasserstein_along, standard_errors,
 };
 use tch::{Device, Tensor, kind};
 
@@ -110,6 +111,8 @@ fn features(cases: &mut Cases) {
     let labels = Tensor::from_slice(&[0_i64, 9]);
     cases
         .tensors("FeatureExtractor::features", &[&images], |t| outcome(classifier.features(&t[0])));
+    let features = classifier.features(&images).expect("it takes them");
+    cases.tensors("ClassPredictor::predict", &[&features], |t| outcome(classifier.predict(&t[0])));
     cases.tensors("FashionClassifier::logits", &[&images], |t| outcome(classifier.logits(&t[0])));
     cases.tensors("FashionClassifier::accuracy", &[&images, &labels], |t| {
         outcome(classifier.accuracy(&t[0], &t[1]))

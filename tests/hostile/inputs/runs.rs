@@ -356,6 +356,8 @@ fn measurement() -> Measurement {
         extractor: "raw-pixels".to_owned(),
         frechet: Some(2.5),
         frechet_to_teacher: Some(1.25),
+        class_agreement: Some(0.875),
+        missing_classes: None,
         kid: None,
         reference_samples: None,
         solver: None,

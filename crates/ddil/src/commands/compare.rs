@@ -43,7 +43,8 @@ pub(crate) fn run(args: &CompareArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn read_base(matrix: &Matrix, path: &Path) -> anyhow::Result<Settings> {
+/// The config that a matrix starts from; `path` is where the matrix comes from.
+pub(super) fn read_base(matrix: &Matrix, path: &Path) -> anyhow::Result<Settings> {
     match presets::find(&matrix.base) {
         Some(preset) if preset.verb == "distill" => {
             Ok(Settings::parse(format!("{}.toml", preset.name), preset.text)?)
@@ -81,7 +82,8 @@ fn plan_text(comparison: &Comparison) -> anyhow::Result<String> {
     Ok(text)
 }
 
-fn all_cells(
+/// Runs what is left of a comparison, prints its tables and writes its page.
+pub(super) fn all_cells(
     comparison: &Comparison,
     fresh: bool,
     interrupt: &Interrupt,

@@ -23,7 +23,7 @@ use self::subject::{Model, Subject};
 use super::{num_threads, print, sample_plan, start};
 use crate::cli::EvaluateArgs;
 use crate::exit_code::{NOT_FINITE, TRY_AGAIN};
-use crate::results::{details, prompt_table, shift_table, table};
+use crate::results::{class_table, details, prompt_table, shift_table, table};
 
 /// A measurement and its name in the table.
 type Row = (String, Measurement);
@@ -66,6 +66,11 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     if let Subject::Model(_) = subject {
         ensure_possible(args)?;
     }
+    ensure!(
+        args.classes_of.is_none() || matches!(subject, Subject::Samples(_)),
+        "--classes-of is for a folder of .safetensors files of `ddil sample`, and {} is none; a model's own classes are known",
+        args.subject.display()
+    );
     let real = RealImages::open(args, &subject, None, &mut features)?;
     let (rows, exit_code) = match &subject {
         Subject::Data => {
@@ -77,7 +82,14 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
         Subject::Model(model) => model_rows(args, model, &real, &mut features)?,
         Subject::Samples(images) => {
             let features = features_as_stored(images, &*real.extractor)?;
-            (images_rows(args, &features, &real)?, ExitCode::SUCCESS)
+            let mut rows = images_rows(args, &features, &real)?;
+            if let Some(model) = &args.classes_of {
+                let class_names = Pipeline::open_without_weights(model)?.card.class_names;
+                for (_, measurement) in &mut rows {
+                    real.add_classes(measurement, &features, &class_names)?;
+                }
+            }
+            (rows, ExitCode::SUCCESS)
         }
         Subject::Files(files) => {
             // As a reference: statistics that are saved can be one.
@@ -98,7 +110,8 @@ fn report(args: &EvaluateArgs, rows: &[Row]) -> anyhow::Result<()> {
         rows.iter().try_for_each(|(_, measurement)| measurement.append_to(path))?;
     }
     if !rows.is_empty() {
-        let parts = [table(rows), details(rows), prompt_table(rows), shift_table(rows)];
+        let parts =
+            [table(rows), details(rows), class_table(rows), prompt_table(rows), shift_table(rows)];
         print(&parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n"))?;
     }
     Ok(())
@@ -159,6 +172,7 @@ fn model_rows(
             continue;
         };
         let mut measurement = measurement.of_model(&pipeline.card, &plan);
+        real.add_classes(&mut measurement, &features, &pipeline.card.class_names)?;
         if let Some(train) = real.train.as_ref().filter(|_| is_own && args.shift_samples > 0) {
             measurement.shift = shift(pipeline, &plan, train, args.shift_samples)?;
         }

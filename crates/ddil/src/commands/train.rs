@@ -269,19 +269,6 @@ fn wait_until_released(path: &Path, interrupt: &Interrupt) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Distils as `ddil distill --continue` does; for verbs that include a distillation.
-pub(super) fn distil(
-    config: &DistillConfig,
-    logging: &Logging,
-    interrupt: &Interrupt,
-) -> anyhow::Result<Outcome> {
-    config.run.apply_determinism()?;
-    let mut session = start_or_resume(config, logging, interrupt)?;
-    let outcome = session.run(interrupt);
-    crate::report::write_or_warn(session.folder().path());
-    Ok(outcome?)
-}
-
 fn resume<V: Verb>(
     config: &V,
     path: &Path,

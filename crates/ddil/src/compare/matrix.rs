@@ -411,10 +411,18 @@ impl Matrix {
     ///
     /// As [`from_file`](Self::from_file).
     pub fn from_settings(settings: &Settings) -> Result<Self> {
-        let matrix: Self = settings.build()?;
+        settings.build::<Self>()?.checked()
+    }
+
+    /// The matrix, if it has no problems.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Comparison`] with all problems that do not depend on the base.
+    pub(crate) fn checked(self) -> Result<Self> {
         let mut problems = Vec::new();
-        matrix.problems(&mut problems);
-        matrix.ensure_no_problems(problems).map(|()| matrix)
+        self.problems(&mut problems);
+        self.ensure_no_problems(problems).map(|()| self)
     }
 
     /// The comparison's folder.

@@ -11,6 +11,10 @@ pub enum Metric {
     Frechet,
     /// Fréchet distance to the teacher's samples.
     ToTeacher,
+    /// Share of samples that show the class that was asked for.
+    ClassAgreement,
+    /// Fréchet distance to the teacher's samples, of the classes that the data lack.
+    MissingToTeacher,
     /// Precision.
     Precision,
     /// Recall.
@@ -37,9 +41,11 @@ impl Metric {
         [Self::ClipCosine, Self::Diversity, Self::ClipDistance, Self::Lpips];
 
     /// All others, in the order of the tables.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Frechet,
         Self::ToTeacher,
+        Self::MissingToTeacher,
+        Self::ClassAgreement,
         Self::Precision,
         Self::Recall,
         Self::Density,
@@ -47,11 +53,16 @@ impl Metric {
         Self::Shift,
     ];
 
+    /// Those that only samples of classes have, and only with a classifier of these.
+    pub(crate) const OF_CLASSES: [Self; 2] = [Self::MissingToTeacher, Self::ClassAgreement];
+
     /// Its name.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Frechet => "frechet",
             Self::ToTeacher => "to teacher",
+            Self::MissingToTeacher => "missing to teacher",
+            Self::ClassAgreement => "class agreement",
             Self::Precision => "precision",
             Self::Recall => "recall",
             Self::Density => "density",
@@ -69,6 +80,10 @@ impl Metric {
         match self {
             Self::Frechet => "Fréchet distance to the data",
             Self::ToTeacher => "Fréchet distance to the teacher",
+            Self::MissingToTeacher => {
+                "Fréchet distance to the teacher, of classes that the data lack"
+            }
+            Self::ClassAgreement => "Share of samples that show their class",
             Self::Precision => "Precision",
             Self::Recall => "Recall",
             Self::Density => "Density",
@@ -83,7 +98,7 @@ impl Metric {
 
     /// Whether a smaller value is better.
     pub(crate) fn lower_is_better(self) -> bool {
-        matches!(self, Self::Frechet | Self::ToTeacher | Self::Shift)
+        matches!(self, Self::Frechet | Self::ToTeacher | Self::MissingToTeacher | Self::Shift)
     }
 
     /// Its value in a measurement, if present.
@@ -91,6 +106,8 @@ impl Metric {
         match self {
             Self::Frechet => measurement.frechet,
             Self::ToTeacher => measurement.frechet_to_teacher,
+            Self::MissingToTeacher => measurement.missing_classes.as_ref()?.frechet_to_teacher,
+            Self::ClassAgreement => measurement.class_agreement,
             Self::Precision => measurement.precision,
             Self::Recall => measurement.recall,
             Self::Density => measurement.density,
@@ -122,7 +139,7 @@ impl Metric {
     /// The number of significant decimals to show.
     pub(crate) fn decimals(self) -> usize {
         match self {
-            Self::Frechet | Self::ToTeacher => 2,
+            Self::Frechet | Self::ToTeacher | Self::MissingToTeacher => 2,
             Self::Shift | Self::ClipCosine | Self::ClipDistance | Self::Lpips => 4,
             _ => 3,
         }

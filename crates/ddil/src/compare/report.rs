@@ -241,10 +241,12 @@ impl ComparisonReport {
     pub(crate) fn metrics(&self) -> Vec<Metric> {
         let measured: Vec<&Measurement> =
             self.entries.iter().filter_map(|entry| entry.measurement.as_ref()).collect();
-        if measured.iter().all(|measurement| measurement.prompts.is_none()) {
-            return Metric::ALL.to_vec();
-        }
         let is_measured = |metric: &Metric| measured.iter().any(|m| metric.of(m).is_some());
+        if measured.iter().all(|measurement| measurement.prompts.is_none()) {
+            let is_shown =
+                |metric: &Metric| !Metric::OF_CLASSES.contains(metric) || is_measured(metric);
+            return Metric::ALL.into_iter().filter(is_shown).collect();
+        }
         Metric::ALL.into_iter().chain(Metric::OF_PROMPTS).filter(is_measured).collect()
     }
 

@@ -205,6 +205,7 @@ impl Worker<'_> {
         }
         let subject = folder.teacher(&teacher.key()).into();
         let mut arguments = self.evaluate(subject, first, result_file);
+        arguments.extend(["--classes-of".into(), teacher.path.clone().into()]);
         if teacher != target {
             arguments.extend(["--teacher-samples".into(), folder.teacher(&target.key()).into()]);
         }

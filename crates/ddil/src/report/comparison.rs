@@ -249,8 +249,8 @@ fn rows(report: &ComparisonReport, metrics: &[Metric]) -> Vec<ResultRow> {
 /// A metric by number of steps, one line per arm.
 fn quality(report: &ComparisonReport, metric: Metric) -> Option<Chart> {
     // Coverage and density depend on the number of samples.
-    let comparable =
-        report.has_one_number_of_samples() || matches!(metric, Metric::Frechet | Metric::ToTeacher);
+    let comparable = report.has_one_number_of_samples()
+        || matches!(metric, Metric::Frechet | Metric::ToTeacher | Metric::ClassAgreement);
     let lines = plot::lines_of(report, metric);
     if metric == Metric::Shift || !comparable || lines.is_empty() {
         return None;

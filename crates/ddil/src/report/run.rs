@@ -253,9 +253,11 @@ impl Latest {
 type ValueOf = fn(&Measurement) -> Option<f64>;
 
 /// The metrics of the table, with their names.
-const COLUMNS: [(&str, ValueOf); 12] = [
+const COLUMNS: [(&str, ValueOf); 14] = [
     ("Fréchet", |m| m.frechet),
     ("to teacher", |m| m.frechet_to_teacher),
+    ("missing classes to teacher", |m| Metric::MissingToTeacher.of(m)),
+    ("class agreement", |m| m.class_agreement),
     ("KID", |m| m.kid),
     ("precision", |m| m.precision),
     ("recall", |m| m.recall),

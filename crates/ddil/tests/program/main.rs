@@ -9,6 +9,7 @@ mod bad_input;
 #[cfg(debug_assertions)]
 mod checkpoint_models;
 mod compare;
+mod demo;
 mod determinism;
 mod evaluate;
 mod evaluate_prompts;

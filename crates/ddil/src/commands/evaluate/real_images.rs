@@ -1,12 +1,13 @@
 //! The images that others are compared with, and the features on which they are compared.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use ddil_data::{FashionMnist, ImageDataset};
 use ddil_evaluate::{
-    ExtractorChoice, Measurement, ReferenceChoice, few_images, reference_of_dataset,
-    reference_of_images, score, warnings_of,
+    ExtractorChoice, Measurement, ReferenceChoice, SamplesOfClasses, few_images,
+    reference_of_dataset, reference_of_images, score, warnings_of,
 };
 use ddil_files::settings::Settings;
 use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
@@ -17,7 +18,7 @@ use tch::Tensor;
 
 use super::features::Features;
 use super::protocol;
-use super::subject::Subject;
+use super::subject::{Model, Subject};
 use crate::cli::EvaluateArgs;
 use crate::commands::{Bar, num_threads};
 use crate::sample_file;
@@ -34,6 +35,8 @@ pub(super) struct RealImages {
     /// Whether the reference contains other images than the training data.
     is_held_out: bool,
     teacher: Option<Reference>,
+    /// Labels of the classes that the data of the subject's run lack.
+    missing_classes: Vec<usize>,
 }
 
 /// Images in memory, as the `[data]` table of a config or the command line names them.
@@ -75,6 +78,12 @@ impl RealImages {
             anyhow::Ok(reference_of_images("teacher", &images, &*extractor)?)
         });
         let train = loaded.map(|loaded| loaded.train);
+        let missing_classes = match (&train, &data, subject) {
+            (Some(train), Some((section, _)), Subject::Model(model)) => {
+                missing_classes(train, section, model)?
+            }
+            _ => Vec::new(),
+        };
         let is_folder = data.as_ref().is_some_and(|(of, _)| of.kind == DataKind::ImageFolder);
         let train = if args.shift_samples > 0 { of_run(train, data, subject)? } else { train };
         // The first images of a folder of classes are those of one class; Fashion-MNIST's are in random order.
@@ -82,7 +91,31 @@ impl RealImages {
             Some(images) if is_folder => Some(images.shuffled(0)?),
             train => train,
         };
-        Ok(Self { train, extractor, reference, is_held_out, teacher: teacher.transpose()? })
+        let teacher = teacher.transpose()?;
+        Ok(Self { train, extractor, reference, is_held_out, teacher, missing_classes })
+    }
+
+    /// Adds what the classes of a model's samples tell; `features` are those of its samples, of which the classes
+    /// alternate.
+    pub(super) fn add_classes(
+        &self,
+        measurement: &mut Measurement,
+        features: &Tensor,
+        class_names: &[String],
+    ) -> anyhow::Result<()> {
+        if class_names.is_empty() {
+            return Ok(());
+        }
+        let (samples, extractor) =
+            (SamplesOfClasses::new(features, class_names)?, &*self.extractor);
+        measurement.class_agreement = samples.agreement(extractor)?;
+        let missing = &self.missing_classes;
+        // A covariance requires two samples; fewer are too few for any metric.
+        if !missing.is_empty() && features.size()[0] > class_names.len() as i64 {
+            let found = samples.of_missing(missing, self.teacher.as_ref(), extractor)?;
+            measurement.missing_classes = Some(found);
+        }
+        Ok(())
     }
 
     /// Compares features with those of the reference, and with the teacher's if there are any.
@@ -252,6 +285,24 @@ fn of_run(
         }
         (train, ..) => train,
     })
+}
+
+/// Labels of the model's classes that the data of its run lack; none if `section` names other data.
+fn missing_classes(
+    train: &ImageDataset,
+    section: &DataSection,
+    model: &Model,
+) -> anyhow::Result<Vec<usize>> {
+    let Some(config) = model.source.config() else { return Ok(Vec::new()) };
+    let own = data_section(&config)?;
+    if (own.kind, &own.path) != (section.kind, &section.path) {
+        return Ok(Vec::new());
+    }
+    let images = images_for(train, &own, &model.pipeline)?;
+    let Some(labels) = images.labels() else { return Ok(Vec::new()) };
+    let present: BTreeSet<i64> = Vec::<i64>::try_from(labels)?.into_iter().collect();
+    let is_missing = |label: &usize| !present.contains(&(*label as i64));
+    Ok((0..model.pipeline.card.class_names.len()).filter(is_missing).collect())
 }
 
 /// The data named on the command line, or in a config file.
