@@ -76,7 +76,7 @@ fn other_classes_and_other_networks_have_no_agreement() -> Result<()> {
     assert_eq!(SamplesOfClasses::new(&features, &two)?.agreement(&extractor)?, Some(0.5));
     let samples = SamplesOfClasses::new(&features, &other)?;
     assert_eq!(samples.agreement(&extractor)?, None);
-    assert_eq!(samples.of_missing(&[0], None, &extractor)?.class_agreement, Some(1.0));
+    assert_eq!(samples.of_missing(&[0], None, &extractor)?.class_agreement, Some(0.5));
     assert_eq!(samples.agreement(&RawPixels::new([1, 1, 3]))?, None);
     Ok(())
 }
