@@ -132,6 +132,13 @@ fn fashion_mnist() -> TestResult {
         assert_eq!(border.max().double_value(&[]), -1.0);
     }
     assert_eq!(batch.x0.max().double_value(&[]), 1.0);
+
+    let data = FashionMnist { train: train.select(&[0, 1])?, test: test.select(&[0, 1])? };
+    assert_eq!(data.test_name(), "fashion_mnist/test");
+    let half = data.scaled([16, 16])?;
+    assert_eq!((half.train.image_shape(), half.test.image_shape()), ([1, 16, 16], [1, 16, 16]));
+    assert_eq!(half.test_name(), "fashion_mnist/test-16x16");
+    assert_eq!(half.train.labels(), data.train.labels());
     Ok(())
 }
 
@@ -451,6 +458,58 @@ fn images_of_any_sizes_are_scaled_and_cropped_as_one_by_one() -> TestResult {
         panic!("a damaged file was read");
     };
     assert_eq!(path, folder.path().join("bag/a.png"));
+    Ok(())
+}
+
+/// Images in memory and images of files are scaled alike, in every direction and with a part of them at a time.
+#[test]
+fn images_in_memory_are_scaled_as_those_of_files() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    for class in 0..2_u32 {
+        fs::create_dir(folder.path().join(class.to_string()))?;
+        for image in 0..2 {
+            let levels: Vec<u8> =
+                (0..48).map(|i| (i * 89 + 31 * image + 7 * class).wrapping_mul(i) as u8).collect();
+            let path = folder.path().join(format!("{class}/{image}.png"));
+            write_png(&path, (8, 6), png::ColorType::Grayscale, &levels);
+        }
+    }
+    let own = read_image_folder(folder.path())?;
+    for size in [[3, 4], [6, 8], [2, 5], [4, 2], [11, 9]] {
+        let (scaled, of_files) =
+            (own.scaled(size)?, read_image_folder_scaled(folder.path(), size, 1)?);
+        assert_eq!(scaled.pixels(), of_files.pixels(), "{size:?}");
+        assert_eq!(scaled.labels(), of_files.labels());
+        assert_eq!(scaled.class_names(), ["0", "1"]);
+    }
+    let many = own.select(&[0, 1, 2, 3].repeat(400))?.scaled([3, 4])?;
+    assert_eq!(many.pixels(), &own.scaled([3, 4])?.pixels().repeat([400, 1, 1, 1]));
+    Ok(())
+}
+
+/// Half the size: a pixel is the mean of four in each direction with the weights 1, 3, 3, 1.
+#[test]
+fn half_the_size_is_antialiased() -> TestResult {
+    let levels = [0_u8, 40, 80, 240, 8, 16, 200, 96];
+    let row = Tensor::from_slice(&levels).view([1, 1, 1, 8]);
+    let rows = ImageDataset::new(&row.repeat([1, 1, 8, 1]), None)?;
+    let half = rows.scaled([4, 4])?;
+    let inner = |i: usize| {
+        let [a, b, c, d] = [i - 1, i, i + 1, i + 2].map(|i| f64::from(levels[i]));
+        ((a + 3.0 * b + 3.0 * c + d) / 8.0).round() as i64
+    };
+    for (column, from) in [(1, 2), (2, 4)] {
+        for row in 0..4 {
+            assert_eq!(half.pixels().int64_value(&[0, 0, row, column]), inner(from));
+        }
+    }
+    // At the border the weight of the missing pixel is that of the others.
+    assert_eq!(half.pixels().int64_value(&[0, 0, 0, 0]), (3 * 40 + 80 + 3) / 7);
+
+    for refused in [[0, 4], [4, -1], [1, 1 << 40], [1, 8 * 65]] {
+        let error = rows.scaled(refused).expect_err("no such size");
+        assert!(error.invalid().is_some(), "{refused:?}: {error}");
+    }
     Ok(())
 }
 

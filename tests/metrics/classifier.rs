@@ -1,7 +1,7 @@
 //! The Fashion-MNIST classifier.
 
 use ddil_libtorch::ArgumentError;
-use ddil_metrics::{Error, FASHION_CLASSES, FashionClassifier, FeatureExtractor};
+use ddil_metrics::{Error, FASHION_CLASSES, FashionClassifier, FeatureExtractor, ImageInput};
 use tch::{Device, IndexOp, Kind, Tensor, kind};
 
 fn images(seed: i64, n: i64) -> Tensor {
@@ -108,6 +108,30 @@ fn bad_images() -> ddil_metrics::Result<()> {
     Ok(())
 }
 
+/// Smaller images are enlarged; those of 32x32 have the features that they have without it, bit for bit.
+#[test]
+fn images_of_another_size_are_enlarged() -> ddil_metrics::Result<()> {
+    let classifier = || FashionClassifier::pretrained(Device::Cpu);
+    let mut input = ImageInput::unchanged(1);
+    input.resize = "bilinear-32x32".parse()?;
+    let enlarging = classifier()?.with_input(input.clone())?;
+    let own = images(7, 3);
+    assert_eq!(enlarging.features(&own)?, classifier()?.features(&own)?);
+    assert_eq!(enlarging.id(), classifier()?.id());
+
+    let small = own.narrow(2, 0, 16).narrow(3, 0, 16);
+    let large = small.upsample_bilinear2d([32, 32], false, None, None);
+    assert_eq!(enlarging.features(&small)?, classifier()?.features(&large)?);
+
+    let mut rgb = input.clone();
+    rgb.channels = 3;
+    input.resize = "bilinear-28x28".parse()?;
+    for refused in [rgb, input] {
+        assert!(matches!(classifier()?.with_input(refused), Err(Error::Invalid(_))));
+    }
+    Ok(())
+}
+
 /// Every difference between file and network is named, all in one message.
 #[test]
 fn bad_weights() -> Result<(), Box<dyn std::error::Error>> {
@@ -150,5 +174,13 @@ fn the_stated_accuracy() -> Result<(), Box<dyn std::error::Error>> {
     let labels = all.labels.ok_or("no labels")?;
     let accuracy = FashionClassifier::pretrained(Device::Cpu)?.accuracy(&all.x0, &labels)?;
     assert!((accuracy - 0.9196).abs() < 5e-4, "{accuracy}");
+
+    let half = test.scaled([16, 16])?;
+    let half = half.range(0, half.len())?.x0;
+    let mut input = ImageInput::unchanged(1);
+    input.resize = "bicubic-antialias-32x32".parse()?;
+    let enlarged = input.prepare(&half)?;
+    let accuracy = FashionClassifier::pretrained(Device::Cpu)?.accuracy(&enlarged, &labels)?;
+    assert!((accuracy - 0.9196).abs() < 5e-4, "16x16: {accuracy}");
     Ok(())
 }

@@ -83,9 +83,7 @@ pub fn read_cropped(path: &Path, channels: i64, [height, width]: [i64; 2]) -> Re
 pub(crate) fn read_cropped_levels(path: &Path, size: [i64; 2]) -> Result<Tensor> {
     let (layout, bytes) = read_image(path)?;
     let Levels { levels, .. } = scale(path, layout, &bytes, size)?;
-    // A mean of levels, never outside of them.
-    let rounded = levels.f_round().and_then(|levels| levels.f_to_kind(Kind::Uint8));
-    rounded.and_then(|levels| levels.f_contiguous()).map_err(Error::torch("read_cropped"))
+    rounded(&levels).map_err(Error::torch("read_cropped"))
 }
 
 pub(crate) fn ensure_size([height, width]: [i64; 2]) -> Result<()> {
@@ -104,34 +102,71 @@ struct Levels {
     crop_offset: [i64; 2],
 }
 
-fn scale(path: &Path, layout: Layout, bytes: &[u8], [height, width]: [i64; 2]) -> Result<Levels> {
-    let original_size = [i64::from(layout.height), i64::from(layout.width)];
-    let scaled = covering_size(original_size, [height, width]);
-    if scaled[0] > MAX_SCALED_RATIO * height || scaled[1] > MAX_SCALED_RATIO * width {
-        let found = layout.to_string();
-        let expected = format!(
-            "an aspect ratio closer to {width}x{height}: less than a {MAX_SCALED_RATIO}th of it would remain"
-        );
+fn scale(path: &Path, layout: Layout, bytes: &[u8], size: [i64; 2]) -> Result<Levels> {
+    let own = [i64::from(layout.height), i64::from(layout.width)];
+    let Some(cover) = Cover::new(own, size) else {
+        let (found, expected) = (layout.to_string(), Cover::expected(size));
         return Err(Error::Image { path: path.to_owned(), found, expected });
-    }
-    let crop_offset = [(scaled[0] - height) / 2, (scaled[1] - width) / 2];
+    };
     let run = || -> std::result::Result<Tensor, tch::TchError> {
-        let size = [original_size[0], original_size[1], layout.channels as i64];
+        let size = [own[0], own[1], layout.channels as i64];
         let pixels = Tensor::f_from_data_size(bytes, &size, Kind::Uint8)?
             .f_permute([2, 0, 1])?
-            .f_to_kind(Kind::Float)?
             .f_unsqueeze(0)?;
-        let scaled = if scaled == original_size {
+        cover.levels(&pixels)?.f_squeeze_dim(0)
+    };
+    let levels = run().map_err(Error::torch("read_cropped"))?;
+    Ok(Levels { levels, crop_offset: cover.crop_offset })
+}
+
+/// How images of one size are scaled to cover another, and which part remains.
+pub(crate) struct Cover {
+    own: [i64; 2],
+    scaled: [i64; 2],
+    crop_offset: [i64; 2],
+    size: [i64; 2],
+}
+
+impl Cover {
+    /// None if less than a 64th of the images would remain.
+    pub(crate) fn new(own: [i64; 2], size: [i64; 2]) -> Option<Self> {
+        let scaled = covering_size(own, size);
+        let remains = |i: usize| scaled[i] <= MAX_SCALED_RATIO * size[i];
+        let crop_offset = [(scaled[0] - size[0]) / 2, (scaled[1] - size[1]) / 2];
+        (remains(0) && remains(1)).then_some(Self { own, scaled, crop_offset, size })
+    }
+
+    /// What the images must be for [`new`](Self::new).
+    pub(crate) fn expected([height, width]: [i64; 2]) -> String {
+        format!(
+            "an aspect ratio closer to {width}x{height}: less than a {MAX_SCALED_RATIO}th of it would remain"
+        )
+    }
+
+    /// `[n, channels, height, width]`, `Uint8`, to `Float` levels from 0 to 255 of the other size, not rounded.
+    fn levels(&self, pixels: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
+        let pixels = pixels.f_to_kind(Kind::Float)?;
+        let scaled = if self.scaled == self.own {
             pixels
         } else {
-            pixels.f_internal_upsample_bilinear2d_aa(scaled, false, None, None)?
+            pixels.f_internal_upsample_bilinear2d_aa(self.scaled, false, None, None)?
         };
-        scaled
-            .f_narrow(2, crop_offset[0], height)?
-            .f_narrow(3, crop_offset[1], width)?
-            .f_squeeze_dim(0)
-    };
-    Ok(Levels { levels: run().map_err(Error::torch("read_cropped"))?, crop_offset })
+        scaled.f_narrow(2, self.crop_offset[0], self.size[0])?.f_narrow(
+            3,
+            self.crop_offset[1],
+            self.size[1],
+        )
+    }
+
+    /// As [`levels`](Self::levels), rounded to `Uint8`.
+    pub(crate) fn rounded(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.levels(pixels).and_then(|levels| rounded(&levels)).map_err(Error::torch("scaled"))
+    }
+}
+
+/// A mean of levels is never outside of them.
+fn rounded(levels: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
+    levels.f_round()?.f_to_kind(Kind::Uint8)?.f_contiguous()
 }
 
 /// The size of an image scaled to cover `[height, width]` with one side exact.

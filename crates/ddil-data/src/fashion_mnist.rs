@@ -44,6 +44,9 @@ pub struct FashionMnist {
 }
 
 impl FashionMnist {
+    /// Height and width of the padded images.
+    pub const SIDE: i64 = 28 + 2 * PADDING;
+
     /// Reads the data set from `folder`, or from the first of [`fashion_mnist_folders`] that contains it.
     ///
     /// The four IDX files may be compressed (`.gz`). Each is checked against the SHA-256 of the published file.
@@ -61,6 +64,23 @@ impl FashionMnist {
             train: read_split(folder, TRAIN_IMAGES, TRAIN_LABELS)?,
             test: read_split(folder, TEST_IMAGES, TEST_LABELS)?,
         })
+    }
+
+    /// All images at another size, as by [`ImageDataset::scaled`]: of the padded images, so that 16 is half of their side.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ImageDataset::scaled`].
+    pub fn scaled(&self, size: [i64; 2]) -> Result<Self> {
+        Ok(Self { train: self.train.scaled(size)?, test: self.test.scaled(size)? })
+    }
+
+    /// The name of the test images as those of a comparison: `fashion_mnist/test`, with the size if they are scaled.
+    pub fn test_name(&self) -> String {
+        match self.test.image_shape() {
+            [_, Self::SIDE, Self::SIDE] => "fashion_mnist/test".to_owned(),
+            [_, height, width] => format!("fashion_mnist/test-{width}x{height}"),
+        }
     }
 }
 

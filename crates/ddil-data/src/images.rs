@@ -2,11 +2,15 @@ use ddil_files::{Invalid, listed};
 use ddil_libtorch::ensure_dense;
 use tch::{Kind, Tensor};
 
+use crate::cropped::{Cover, ensure_size};
 use crate::indices::random_order;
 use crate::{Error, Result};
 
 /// Limit of numbered class names, so that one invalid label does not create a billion names.
 const MAX_NUMBERED_CLASSES: i64 = 1_000_000;
+
+/// Images that are floats at the same time while a data set is scaled.
+const SCALED_AT_ONCE: i64 = 1024;
 
 /// Images in memory, one byte per value, with or without labels.
 ///
@@ -159,6 +163,42 @@ impl ImageDataset {
     /// [`Error::Torch`] if memory runs out.
     pub fn shuffled(&self, seed: u64) -> Result<Self> {
         self.select(&random_order(self.len(), seed))
+    }
+
+    /// The same samples at another size, `[height, width]`: each image is scaled to cover it and its centre is cropped, by the
+    /// antialiased bilinear interpolation of [`read_cropped`](crate::read_cropped), rounded to 8 bits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for an invalid size, and if less than a 64th of the images would remain; [`Error::Torch`] if
+    /// memory runs out.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_data::ImageDataset;
+    /// use tch::{Kind, Tensor};
+    ///
+    /// // One image of two columns, black and white.
+    /// let pixels = Tensor::from_slice(&[0_u8, 255, 0, 255]).view([1, 1, 2, 2]);
+    /// let grey = ImageDataset::new(&pixels, None)?.scaled([1, 1])?;
+    /// assert_eq!(grey.pixels(), &Tensor::from_slice(&[128_u8]).view([1, 1, 1, 1]));
+    /// # Ok::<(), ddil_data::Error>(())
+    /// ```
+    pub fn scaled(&self, size: [i64; 2]) -> Result<Self> {
+        ensure_size(size)?;
+        let [_, height, width] = self.image_shape();
+        if [height, width] == size {
+            return Ok(self.shallow_clone());
+        }
+        let Some(cover) = Cover::new([height, width], size) else {
+            let found = format!("{width}x{height} images");
+            return Err(Invalid::new("size", found, Cover::expected(size)).into());
+        };
+        let parts = self.pixels.split(SCALED_AT_ONCE, 0);
+        let parts: Result<Vec<Tensor>> = parts.iter().map(|part| cover.rounded(part)).collect();
+        let pixels = Tensor::f_cat(&parts?, 0).map_err(Error::torch("scaled"))?;
+        Ok(Self { pixels, ..self.shallow_clone() })
     }
 
     /// A data set of the samples of all classes except those with the given names. The other classes keep their order

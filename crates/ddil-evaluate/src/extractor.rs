@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use ddil_data::FashionMnist;
 use ddil_files::Invalid;
 use ddil_metrics::{
     FashionClassifier, FeatureExtractor, ImageInput, RawPixels, Statistics, TorchScriptExtractor,
@@ -14,6 +15,9 @@ use crate::network_folder::FolderExtractor;
 
 /// The file name of the Inception network of 2015 as published for `StyleGAN`.
 const INCEPTION: &str = "inception-2015-12-05.pt";
+
+/// The name of the classifier of Fashion-MNIST.
+const CLASSIFIER: &str = "fashion_classifier";
 
 /// The names of [`input_of`].
 const INPUTS: &str = "`clean-fid`, `pytorch-fid`, `torch-fidelity`, `imagenet`, `clip`, or JSON such as \
@@ -29,6 +33,10 @@ const INPUTS: &str = "`clean-fid`, `pytorch-fid`, `torch-fidelity`, `imagenet`, 
 ///
 /// let extractor = ExtractorChoice::new("raw_pixels").open(Some([1, 4, 4]), Device::Cpu)?;
 /// assert_eq!(extractor.dim(), 16);
+/// // Samples of 16x16 are brought to the classifier's 32x32.
+/// let classifier = ExtractorChoice::new("fashion_classifier").at_size(Some([16, 16]));
+/// let classifier = classifier.open(Some([1, 16, 16]), Device::Cpu)?;
+/// assert_eq!(classifier.input().resize.to_string(), "bicubic-antialias-32x32");
 /// assert!(ExtractorChoice::new("no such file").open(None, Device::Cpu).is_err());
 /// # Ok::<(), ddil_evaluate::Error>(())
 /// ```
@@ -38,7 +46,7 @@ pub struct ExtractorChoice {
     /// `fashion_classifier`, `raw_pixels`, or the path of a TorchScript file or of a transformers folder
     /// ([`FolderExtractor`]).
     pub name: String,
-    /// How images are converted for a TorchScript file or a folder; see [`open`](Self::open).
+    /// How images are converted for a TorchScript file, a folder or the classifier; see [`open`](Self::open).
     pub input: Option<String>,
     /// Whether `true` is passed to a TorchScript file as a second argument.
     pub return_features: bool,
@@ -56,6 +64,21 @@ impl ExtractorChoice {
         Self { input, ..self }
     }
 
+    /// For images of Fashion-MNIST scaled to that size: the classifier brings them back to 32x32, samples and reference
+    /// alike, by antialiased bicubic interpolation. Other extractors, and an input that is set, are unchanged.
+    ///
+    /// The classifier's accuracy on the test images is 87.8 % at 16x16; it is 92.0 % on those of 32x32.
+    #[must_use]
+    pub fn at_size(self, size: Option<[i64; 2]>) -> Self {
+        const SIDE: i64 = FashionMnist::SIDE;
+        let is_scaled = size.is_some_and(|size| size != [SIDE; 2]);
+        if !is_scaled || self.name != CLASSIFIER || self.input.is_some() {
+            return self;
+        }
+        let input = format!("{{\"channels\":1,\"resize\":\"bicubic-antialias-{SIDE}x{SIDE}\"}}");
+        self.with_input(Some(input))
+    }
+
     /// Whether `true` is passed to a TorchScript file as a second argument.
     #[must_use]
     pub fn with_return_features(self, return_features: bool) -> Self {
@@ -65,7 +88,7 @@ impl ExtractorChoice {
     /// Opens the extractor, for images of `shape`: channels, height, width; none if they differ in size.
     ///
     /// The published `inception-2015-12-05.pt` has the input of clean-fid unless another is chosen; other TorchScript files
-    /// require one. A folder has its own.
+    /// require one. A folder has its own. The classifier takes images of 32x32 as they are.
     ///
     /// # Errors
     ///
@@ -78,7 +101,7 @@ impl ExtractorChoice {
         device: Device,
     ) -> Result<Box<dyn FeatureExtractor>> {
         let extractor: Box<dyn FeatureExtractor> = match (self.name.as_str(), shape) {
-            ("fashion_classifier", _) => Box::new(FashionClassifier::pretrained(device)?),
+            (CLASSIFIER, _) => Box::new(self.classifier(device)?),
             ("raw_pixels", Some(shape)) => {
                 let pixels = RawPixels::new(shape);
                 let most = Statistics::MAX_DIM;
@@ -113,6 +136,15 @@ impl ExtractorChoice {
             let _ = extractor.features(&black.map_err(Error::torch("ExtractorChoice::open"))?)?;
         }
         Ok(extractor)
+    }
+
+    fn classifier(&self, device: Device) -> Result<FashionClassifier> {
+        let classifier = FashionClassifier::pretrained(device)?;
+        let Some(text) = &self.input else { return Ok(classifier) };
+        classifier.with_input(input_of(text)?).map_err(|error| match error {
+            ddil_metrics::Error::Invalid(invalid) => invalid.under("extractor_input").into(),
+            error => error.into(),
+        })
     }
 
     fn torch_script(&self, device: Device) -> Result<TorchScriptExtractor> {

@@ -24,15 +24,23 @@ const FASHION_MNIST: &str = "fashion_mnist";
 /// use ddil_evaluate::ReferenceChoice;
 ///
 /// let images = ReferenceChoice::named("fashion_mnist")?;
-/// assert_eq!(images, ReferenceChoice::FashionMnist(None));
+/// assert_eq!(images, ReferenceChoice::FashionMnist { folder: None, size: None });
+/// // For a model that draws 16x16 pixels.
+/// let scaled = images.at_size(Some([16, 16]));
+/// assert_eq!(scaled, ReferenceChoice::FashionMnist { folder: None, size: Some([16, 16]) });
 /// let error = ReferenceChoice::named("no/such/folder").expect_err("there is none");
 /// assert!(error.to_string().contains("`reference` is no/such/folder"));
 /// # Ok::<(), ddil_evaluate::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReferenceChoice {
-    /// The test images of Fashion-MNIST, in this folder or the default one.
-    FashionMnist(Option<PathBuf>),
+    /// The test images of Fashion-MNIST.
+    FashionMnist {
+        /// The folder of the data; none for the default one.
+        folder: Option<PathBuf>,
+        /// Height and width to which the images are scaled, as by [`FashionMnist::scaled`]; none for their own.
+        size: Option<[i64; 2]>,
+    },
     /// A folder of images of any sizes, with its subfolders.
     Folder(PathBuf),
     /// A file of statistics, as [`Reference::from_file`] reads it.
@@ -48,7 +56,7 @@ impl ReferenceChoice {
     pub fn named(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if path == Path::new(FASHION_MNIST) {
-            return Ok(Self::FashionMnist(None));
+            return Ok(Self::FashionMnist { folder: None, size: None });
         }
         if path.is_dir() {
             return Ok(Self::Folder(path.to_owned()));
@@ -59,6 +67,15 @@ impl ReferenceChoice {
         let expected = "`fashion_mnist`, a folder of images, or a file of statistics (.safetensors of \
                         --save-statistics, .npz of pytorch-fid or clean-fid)";
         Err(Invalid::new("reference", path.display(), expected).into())
+    }
+
+    /// The test images of Fashion-MNIST at the size of the samples they are compared with; another reference is unchanged.
+    #[must_use]
+    pub fn at_size(self, size: Option<[i64; 2]>) -> Self {
+        match self {
+            Self::FashionMnist { folder, .. } => Self::FashionMnist { folder, size },
+            other => other,
+        }
     }
 
     /// The reference. Features of a folder are computed, in `threads` threads that decode; those of
@@ -77,9 +94,12 @@ impl ReferenceChoice {
         monitor: &mut dyn Monitor,
     ) -> Result<Reference> {
         let reference = match self {
-            Self::FashionMnist(folder) => {
-                let test = FashionMnist::from_folder(folder.as_deref())?.test;
-                reference_of_dataset("fashion_mnist/test", &test, extractor, monitor)?
+            Self::FashionMnist { folder, size } => {
+                let mut data = FashionMnist::from_folder(folder.as_deref())?;
+                if let Some(size) = size {
+                    data = data.scaled(*size)?;
+                }
+                reference_of_dataset(data.test_name(), &data.test, extractor, monitor)?
             }
             Self::Folder(path) => {
                 // Metrics of neighbours use the first images, which in a folder of classes are those of one class.
@@ -118,7 +138,7 @@ impl ReferenceChoice {
     /// As [`open`](Self::open), except for errors in the images of a folder.
     pub fn check(&self, extractor: &dyn FeatureExtractor) -> Result<bool> {
         let images = match self {
-            Self::FashionMnist(folder) => {
+            Self::FashionMnist { folder, .. } => {
                 Some(FashionMnist::from_folder(folder.as_deref())?.test.len())
             }
             Self::Folder(path) => Some(ImageFiles::in_folder(path)?.len() as i64),
@@ -136,7 +156,7 @@ impl ReferenceChoice {
 
     fn shown(&self) -> String {
         match self {
-            Self::FashionMnist(_) => FASHION_MNIST.to_owned(),
+            Self::FashionMnist { .. } => FASHION_MNIST.to_owned(),
             Self::Folder(path) | Self::File(path) => path.display().to_string(),
         }
     }

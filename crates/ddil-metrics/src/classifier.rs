@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ddil_files::Invalid;
 use ddil_libtorch::ArgumentError;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use tch::{
@@ -109,6 +110,38 @@ impl FashionClassifier {
         classifier.variables.freeze();
         classifier.id = format!("fashion-classifier-{}", sha256(bytes));
         Ok(classifier)
+    }
+
+    /// With another conversion of images, as of images of another size, which have to become 32x32.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`ImageInput::ensure_valid`]; [`Error::Invalid`] for another number of channels than 1, and for a size that
+    /// is not 32x32.
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_metrics::{FashionClassifier, FeatureExtractor, ImageInput};
+    /// # use tch::{Device, Tensor, kind};
+    ///
+    /// let mut input = ImageInput::unchanged(1);
+    /// input.resize = "bilinear-32x32".parse()?;
+    /// let classifier = FashionClassifier::pretrained(Device::Cpu)?.with_input(input)?;
+    /// let images = Tensor::zeros([2, 1, 16, 16], kind::FLOAT_CPU);
+    /// assert_eq!(classifier.features(&images)?.size(), [2, 64]);
+    /// # Ok::<(), ddil_metrics::Error>(())
+    /// ```
+    pub fn with_input(self, input: ImageInput) -> Result<Self> {
+        input.ensure_valid()?;
+        if input.channels != 1 {
+            return Err(Invalid::new("channels", input.channels, "1: images are grey").into());
+        }
+        if input.resize.size().is_some_and(|size| size != [SIZE; 2]) {
+            let expected = format!("a size of {SIZE}x{SIZE}, or none for images that have it");
+            return Err(Invalid::new("resize", input.resize, expected).into());
+        }
+        Ok(Self { input, ..self })
     }
 
     /// The weights as the bytes of a safetensors file.

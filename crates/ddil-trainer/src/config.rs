@@ -66,9 +66,9 @@ pub struct DataSection {
     /// default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
-    /// Height and width in pixels to which captioned images and folders of images are scaled: each covers the square, and
-    /// its centre is cropped. For prompts alone, the size of the sampled images. Default: the teacher's size; images of a
-    /// folder without captions are not scaled and must have one size.
+    /// Height and width in pixels to which captioned images, folders of images and Fashion-MNIST are scaled: each covers the
+    /// square, and its centre is cropped. For prompts alone, the size of the sampled images. Default: the teacher's size;
+    /// images of a folder without captions are not scaled and must have one size, and Fashion-MNIST has 32x32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<u32>,
     /// Folder for encoded captions or prompts; default a folder in the user's cache. A cache of other data in it is
@@ -102,7 +102,7 @@ pub struct DataSection {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DataKind {
-    /// The four IDX files of Fashion-MNIST, padded to 32x32.
+    /// The four IDX files of Fashion-MNIST, padded to 32x32, then scaled if there is a resolution.
     #[default]
     FashionMnist,
     /// A folder of PNG or JPEG files of one size; names of sub-folders are the classes.
@@ -470,6 +470,11 @@ impl OutputSection {
 }
 
 impl DataSection {
+    /// Height and width of images that are scaled to a square; none for those of their own size.
+    pub fn size(&self) -> Option<[i64; 2]> {
+        self.resolution.map(|side| [side.into(); 2])
+    }
+
     fn ensure(&self) -> Result<()> {
         ensure("data.batch_size", self.batch_size, self.batch_size > 0, "at least 1")?;
         let has_path = self.kind == DataKind::FashionMnist || self.path.is_some();
@@ -485,7 +490,7 @@ impl DataSection {
         let expected = format!("false with data.kind = {kind:?}: latents cannot be mirrored");
         ensure("data.horizontal_flip", "true", flips, &expected)?;
         let expected = format!("no value with data.kind = {kind:?}, whose samples are not scaled");
-        let is_scaled = is_encoded || self.kind == DataKind::ImageFolder;
+        let is_scaled = self.kind != DataKind::Latents;
         let sized = self.resolution.is_none() || is_scaled;
         ensure("data.resolution", "set", sized, &expected)?;
         let expected = format!("no value with data.kind = {kind:?}, which encodes nothing");

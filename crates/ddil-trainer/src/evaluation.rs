@@ -4,7 +4,7 @@ use std::fmt;
 use std::thread;
 
 use ddil_evaluate::{
-    Drawing, FeatureRows, FeatureStore, Metric, Monitor, ReferenceChoice, Scores,
+    Drawing, ExtractorChoice, FeatureRows, FeatureStore, Metric, Monitor, ReferenceChoice, Scores,
     features_of_drawing, reference_of_dataset, score, warnings_of,
 };
 use ddil_files::{Invalid, listed};
@@ -49,7 +49,7 @@ impl EvaluationConfig<'_> {
         if self.evaluate.interval == 0 {
             return Ok(None);
         }
-        let extractor = self.evaluate.extractor().open(shape, device).map_err(in_table)?;
+        let extractor = self.extractor().open(shape, device).map_err(in_table)?;
         let monitor = &mut Watched::new(interrupt);
         let reference = if self.compares_scaled_images() {
             // Read again and not stored: scaled images have no files of their own.
@@ -81,7 +81,7 @@ impl EvaluationConfig<'_> {
         if self.evaluate.interval == 0 {
             return Ok(());
         }
-        let extractor = self.evaluate.extractor().open(shape, device).map_err(in_table)?;
+        let extractor = self.extractor().open(shape, device).map_err(in_table)?;
         let has_features = self.reference()?.check(&*extractor).map_err(in_table)?;
         self.ensure_metric(has_features)
     }
@@ -103,13 +103,25 @@ impl EvaluationConfig<'_> {
         self.evaluate.reference.is_none() && is_folder && self.data.resolution.is_some()
     }
 
+    fn extractor(&self) -> ExtractorChoice {
+        self.evaluate.extractor().at_size(self.size_of_fashion_mnist())
+    }
+
+    /// The size to which Fashion-MNIST is scaled; none for its own, and for other data.
+    fn size_of_fashion_mnist(&self) -> Option<[i64; 2]> {
+        self.data.size().filter(|_| self.data.kind == DataKind::FashionMnist)
+    }
+
     /// The images to compare with: by default the held-out images of the data, or the training images.
     fn reference(&self) -> Result<ReferenceChoice> {
+        let size = self.size_of_fashion_mnist();
         if let Some(path) = &self.evaluate.reference {
-            return ReferenceChoice::named(path).map_err(in_table);
+            return Ok(ReferenceChoice::named(path).map_err(in_table)?.at_size(size));
         }
         match (self.data.kind, &self.data.path) {
-            (DataKind::FashionMnist, path) => Ok(ReferenceChoice::FashionMnist(path.clone())),
+            (DataKind::FashionMnist, path) => {
+                Ok(ReferenceChoice::FashionMnist { folder: path.clone(), size })
+            }
             (DataKind::ImageFolder | DataKind::Captions, Some(path)) => {
                 Ok(ReferenceChoice::Folder(path.clone()))
             }

@@ -88,7 +88,7 @@ mod train;
 mod watch;
 
 pub use averaged::RunCheckpoint;
-pub use data::{images_for, read_images};
+pub use data::{images_for, read_fashion_mnist, read_images};
 pub use ddil_files::Report;
 pub use distill::DistillTask;
 pub use ema::{Ema, EmaConfig};

@@ -17,7 +17,7 @@ pub(crate) struct Preset {
 }
 
 /// All presets.
-pub(crate) const PRESETS: [Preset; 24] = [
+pub(crate) const PRESETS: [Preset; 26] = [
     Preset {
         name: "own-images-teacher",
         verb: "train",
@@ -65,6 +65,12 @@ pub(crate) const PRESETS: [Preset; 24] = [
         verb: "train",
         about: "a class-conditional pixel teacher on Fashion-MNIST",
         text: include_str!("../presets/fashion-mnist-teacher.toml"),
+    },
+    Preset {
+        name: "fashion-mnist-16-teacher",
+        verb: "train",
+        about: "a small teacher on Fashion-MNIST at 16x16, for experiments of minutes",
+        text: include_str!("../presets/fashion-mnist-16-teacher.toml"),
     },
     Preset {
         name: "fashion-mnist-pd-ddil",
@@ -125,6 +131,12 @@ pub(crate) const PRESETS: [Preset; 24] = [
         verb: "compare",
         about: "what `ddil demo` runs: data that lack classes of the teacher, and all data as the control",
         text: include_str!("../presets/compare-demo.toml"),
+    },
+    Preset {
+        name: "compare-fashion-mnist-16",
+        verb: "compare",
+        about: "every source of states alone and together at 16x16, with data that lack classes",
+        text: include_str!("../presets/compare-fashion-mnist-16.toml"),
     },
     Preset {
         name: "fashion-mnist-text-lcm-ddil",
@@ -202,12 +214,18 @@ priors = { kind = \"constant\", priors = { forward = 1.0 } }
 
 /// Teachers that presets name and that are in the repository but not in the installed program, with how to get each.
 /// The first alone would make the program twenty times as large, and a package may have at most 10 MB.
-pub(crate) const TEACHERS: [(&str, &str); 2] = [
+pub(crate) const TEACHERS: [(&str, &str); 3] = [
     (
         "assets/fashion-mnist-teacher",
         "it is in ddil's repository, not in the installed program. Run from a clone of the repository, or train one \
          (hours on a CPU) with `ddil init fashion-mnist-teacher && ddil train fashion-mnist-teacher.toml` and set \
          teacher.path (for `ddil demo`: --teacher) to its run folder",
+    ),
+    (
+        "assets/fashion-mnist-16-teacher",
+        "it is in ddil's repository, not in the installed program. Run from a clone of the repository, or train one \
+         (half an hour on a core) with `ddil init fashion-mnist-16-teacher && ddil train fashion-mnist-16-teacher.toml` and \
+         set teacher.path to its run folder",
     ),
     (
         "assets/fashion-mnist-text-to-image",

@@ -29,6 +29,7 @@ fn ddil_data() {
         "EncodedInfo::from_folder",
         "EncodedDataset::open",
     ]);
+    cases.cannot_fail(&["FashionMnist::test_name"]);
     cases.finish("ddil-data");
 }
 
@@ -51,6 +52,15 @@ fn images(cases: &mut Cases) {
     }
     cases.integers("ImageDataset::select", |index| outcome(dataset.select(&[0, index])));
     cases.once("ImageDataset::select", "no index", || outcome(dataset.select(&[])));
+    for side in ODD_WHOLES {
+        // Sides of a million pixels are memory, not an error.
+        cases.integers("ImageDataset::scaled", |other| {
+            outcome(dataset.scaled([side, other].map(|side| side.min(64))))
+        });
+    }
+    let split = || dataset.shallow_clone();
+    let fashion = FashionMnist { train: split(), test: split() };
+    cases.integers("FashionMnist::scaled", |side| outcome(fashion.scaled([side.min(64); 2])));
     let unlabelled = ImageDataset::new(&pixels, None).expect("it fits");
     for excluded in [&[][..], &["0"], &["0", "1", "2"], &["3"], &["", "\u{0}"]] {
         let names: Vec<String> = excluded.iter().map(|name| (*name).to_owned()).collect();

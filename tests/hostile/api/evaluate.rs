@@ -29,6 +29,8 @@ fn ddil_evaluate() {
         "ExtractorChoice::new",
         "ExtractorChoice::with_input",
         "ExtractorChoice::with_return_features",
+        "ExtractorChoice::at_size",
+        "ReferenceChoice::at_size",
         "Error::with_settings_named",
         "Monitor::note",
         "Measurement::of",

@@ -117,6 +117,13 @@ fn features(cases: &mut Cases) {
     cases.tensors("FashionClassifier::accuracy", &[&images, &labels], |t| {
         outcome(classifier.accuracy(&t[0], &t[1]))
     });
+    for channels in [i64::MIN, 0, 1, 3] {
+        let input = ImageInput::unchanged(channels);
+        cases.once("FashionClassifier::with_input", &channels.to_string(), || {
+            let classifier = FashionClassifier::untrained(Device::Cpu).expect("there is a CPU");
+            outcome(classifier.with_input(input.clone()))
+        });
+    }
     for device in [Device::Cpu, Device::Cuda(0)] {
         let what = format!("{device:?}");
         cases.once("FashionClassifier::pretrained", &what, || {

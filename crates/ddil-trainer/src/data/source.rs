@@ -103,7 +103,7 @@ impl DataSource {
         let factor = shape.pixels_per_latent;
         let [_, own_height, own_width] = teacher.card.image_shape;
         let own = [own_height, own_width].map(|side| side * factor);
-        let size = section.resolution.map_or(own, |side| [i64::from(side); 2]);
+        let size = section.size().unwrap_or(own);
         if size.iter().any(|side| *side < 1 || side % factor != 0) {
             let (value, expected) = match section.resolution {
                 Some(side) => (side.to_string(), format!("a multiple of {factor}")),
@@ -299,8 +299,8 @@ fn encoding(
 /// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
 pub fn read_images(section: &DataSection) -> Result<ImageDataset> {
     match (section.kind, &section.path) {
-        (DataKind::FashionMnist, path) => Ok(FashionMnist::from_folder(path.as_deref())?.train),
-        (DataKind::ImageFolder, Some(path)) => read_folder(path, section.resolution),
+        (DataKind::FashionMnist, _) => Ok(read_fashion_mnist(section)?.train),
+        (DataKind::ImageFolder, Some(path)) => read_folder(path, section.size()),
         (DataKind::ImageFolder, None) => invalid("data.path", "not set", "a folder of images"),
         (kind, _) => {
             let expected = "fashion_mnist or image_folder: the model takes no text";
@@ -332,8 +332,21 @@ pub fn images_for(
     Ok(images.relabelled(&labels, classes.all_names())?)
 }
 
-fn read_folder(path: &Path, resolution: Option<u32>) -> Result<ImageDataset> {
-    let Some(side) = resolution else {
+/// Fashion-MNIST at the resolution of a config, with its test images.
+///
+/// # Errors
+///
+/// An error for missing or damaged data, with the place; [`Error::Invalid`] for an invalid resolution.
+pub fn read_fashion_mnist(section: &DataSection) -> Result<FashionMnist> {
+    let data = FashionMnist::from_folder(section.path.as_deref())?;
+    match section.size() {
+        Some(size) => data.scaled(size).map_err(|error| of_resolution(error, size)),
+        None => Ok(data),
+    }
+}
+
+fn read_folder(path: &Path, size: Option<[i64; 2]>) -> Result<ImageDataset> {
+    let Some(size) = size else {
         return read_image_folder(path).map_err(|error| match error {
             ddil_data::Error::Differs { path, found, expected } => {
                 let value = format!("not set, and {} is {found}", path.display());
@@ -346,12 +359,17 @@ fn read_folder(path: &Path, resolution: Option<u32>) -> Result<ImageDataset> {
         });
     };
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-    read_image_folder_scaled(path, [side.into(); 2], threads).map_err(|error| match error {
+    read_image_folder_scaled(path, size, threads).map_err(|error| of_resolution(error, size))
+}
+
+/// An error of a size as one of the setting.
+fn of_resolution(error: ddil_data::Error, [side, _]: [i64; 2]) -> Error {
+    match error {
         ddil_data::Error::Invalid(Invalid { expected, .. }) => {
             Error::Invalid(Invalid::new("data.resolution", side, expected))
         }
         error => error.into(),
-    })
+    }
 }
 
 /// The teacher's class of each class of the data, by name, if the config gives them.

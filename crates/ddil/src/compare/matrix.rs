@@ -639,7 +639,10 @@ impl Matrix {
                 cell.config.data.kind.as_str()
             ));
         }
-        let data = |cell: &Cell| (cell.config.data.kind, cell.config.data.path.clone());
+        let data = |cell: &Cell| {
+            let DataSection { kind, path, resolution, .. } = &cell.config.data;
+            (*kind, path.clone(), *resolution)
+        };
         if let Some(other) = cells.iter().find(|cell| data(cell) != data(&cells[0])) {
             problems.push(format!(
                 "`{}` has other data than `{}`, but all cells must be compared with the same data",

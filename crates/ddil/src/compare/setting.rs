@@ -148,6 +148,10 @@ impl Setting {
         let target = target.map(TeacherSamples::key);
         let parts = (&self.evaluate, self.data.kind, &self.data.path, target);
         let mut bytes = serde_json::to_vec(&parts).unwrap_or_default();
+        // Only if it is set, so that older results stay valid.
+        if let Some(side) = self.data.resolution {
+            bytes.extend(side.to_le_bytes());
+        }
         // The prompts themselves: the file may be edited under the same name.
         if let Some(prompts) = &self.evaluate.prompts {
             bytes.extend(std::fs::read(prompts).unwrap_or_default());

@@ -196,9 +196,13 @@ fn sources(priors: &PriorSchedule) -> String {
 }
 
 fn data(data: &DataSection) -> String {
-    match &data.path {
+    let name = match &data.path {
         Some(path) => path.display().to_string(),
         None => data.kind.as_str().to_owned(),
+    };
+    match data.resolution {
+        Some(side) => format!("{name} at {side}x{side}"),
+        None => name,
     }
 }
 

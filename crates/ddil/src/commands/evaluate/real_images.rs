@@ -12,7 +12,7 @@ use ddil_evaluate::{
 use ddil_files::settings::Settings;
 use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
 use ddil_trainer::config::{DataKind, DataSection, parse_device};
-use ddil_trainer::{images_for, read_images};
+use ddil_trainer::{images_for, read_fashion_mnist, read_images};
 use serde::Deserialize;
 use tch::Tensor;
 
@@ -43,7 +43,7 @@ pub(super) struct RealImages {
 struct Loaded {
     train: ImageDataset,
     held_out: Option<ImageDataset>,
-    name: &'static str,
+    name: String,
 }
 
 impl RealImages {
@@ -56,7 +56,11 @@ impl RealImages {
     ) -> anyhow::Result<Self> {
         let data = data_of(args, subject)?;
         let is_required = requires_data(args, subject, data.is_some())?;
-        let choice = choice(args, data.as_ref().map(|(section, _)| section.kind))?;
+        let size = match &data {
+            Some((section, _)) if section.kind == DataKind::FashionMnist => section.size(),
+            _ => fashion_mnist_of(subject).size(),
+        };
+        let choice = choice(args, data.as_ref().map(|(section, _)| section.kind))?.at_size(size);
         let named = data.as_ref().filter(|_| is_required);
         let loaded = named.map(|(section, place)| load(section, place)).transpose()?;
         let shape = match subject {
@@ -69,7 +73,7 @@ impl RealImages {
         let device = parse_device(&args.sampling.device)?;
         let extractor = choice.open(shape, device).map_err(as_option)?;
         let (reference, is_held_out) =
-            open_reference(args, loaded.as_ref(), &*extractor, features)?;
+            open_reference(args, size, loaded.as_ref(), &*extractor, features)?;
         for warning in reference.iter().flat_map(|own| warnings_of(own, &*extractor)) {
             tracing::warn!("{warning}");
         }
@@ -195,8 +199,10 @@ fn requires_data(args: &EvaluateArgs, subject: &Subject, has_data: bool) -> anyh
 }
 
 /// The reference of the command line, or else of the data; and whether it contains other images than the training data.
+/// Fashion-MNIST has the size of the data.
 fn open_reference(
     args: &EvaluateArgs,
+    size: Option<[i64; 2]>,
     loaded: Option<&Loaded>,
     extractor: &dyn FeatureExtractor,
     features: &mut Features,
@@ -207,7 +213,7 @@ fn open_reference(
             let bar = &mut Bar::new(features.interrupt);
             let store = Some(&mut features.store);
             let opened = ReferenceChoice::named(path)
-                .and_then(|choice| choice.open(extractor, threads, store, bar));
+                .and_then(|choice| choice.at_size(size).open(extractor, threads, store, bar));
             (Some(opened.map_err(as_option)?), true)
         }
         (None, Some(Loaded { train, held_out, name })) => {
@@ -215,7 +221,7 @@ fn open_reference(
             // As the training images, of which metrics take the first.
             let compared = if held_out.is_some() { compared } else { &compared.shuffled(0)? };
             let bar = &mut Bar::new(features.interrupt);
-            let reference = reference_of_dataset(*name, compared, extractor, bar)?;
+            let reference = reference_of_dataset(name, compared, extractor, bar)?;
             (Some(reference), held_out.is_some())
         }
         (None, None) => (None, false),
@@ -255,9 +261,13 @@ fn data_of(
         return Ok(None);
     }
     if let Some(data) = &args.data {
-        return Ok(Some((data_section(data)?, data.clone())));
+        let section = match data.to_str() {
+            Some(FASHION_MNIST) => fashion_mnist_of(subject),
+            _ => data_section(data)?,
+        };
+        return Ok(Some((section, data.clone())));
     }
-    let fashion_mnist = || Some((DataSection::default(), PathBuf::from(FASHION_MNIST)));
+    let fashion_mnist = || Some((fashion_mnist_of(subject), PathBuf::from(FASHION_MNIST)));
     Ok(match subject {
         Subject::Data => fashion_mnist(),
         Subject::Model(model) => {
@@ -271,6 +281,17 @@ fn data_of(
         }
         Subject::Samples(_) | Subject::Files(_) => None,
     })
+}
+
+/// Fashion-MNIST, at the size of the images that a model of its classes draws.
+fn fashion_mnist_of(subject: &Subject) -> DataSection {
+    let Subject::Model(model) = subject else { return DataSection::default() };
+    let card = &model.pipeline.card;
+    let [_, height, width] = card.image_shape;
+    let is_scaled =
+        card.class_names == FASHION_CLASSES && height == width && height != FashionMnist::SIDE;
+    let resolution = u32::try_from(height).ok().filter(|_| is_scaled);
+    DataSection { resolution, ..DataSection::default() }
 }
 
 /// The training images that a model's run used, with the labels of the model: a label means what it meant in the run.
@@ -312,9 +333,6 @@ fn data_section(data: &Path) -> anyhow::Result<DataSection> {
         #[serde(default)]
         data: DataSection,
     }
-    if data == Path::new(FASHION_MNIST) {
-        return Ok(DataSection::default());
-    }
     if data.extension().is_some_and(|extension| extension == "toml") {
         return Ok(Settings::from_file(data)?.build::<Config>()?.data);
     }
@@ -328,13 +346,14 @@ fn data_section(data: &Path) -> anyhow::Result<DataSection> {
 }
 
 fn load(section: &DataSection, place: &Path) -> anyhow::Result<Loaded> {
-    Ok(match (section.kind, section.path.as_deref()) {
-        (DataKind::FashionMnist, path) => {
-            let FashionMnist { train, test } = FashionMnist::from_folder(path)?;
-            Loaded { train, held_out: Some(test), name: "fashion_mnist/test" }
+    Ok(match (section.kind, &section.path) {
+        (DataKind::FashionMnist, _) => {
+            let data = read_fashion_mnist(section)?;
+            let name = data.test_name();
+            Loaded { train: data.train, held_out: Some(data.test), name }
         }
         (DataKind::ImageFolder, Some(_)) => {
-            Loaded { train: read_images(section)?, held_out: None, name: "images/train" }
+            Loaded { train: read_images(section)?, held_out: None, name: "images/train".to_owned() }
         }
         (kind, _) => bail!(
             "--data {}: the kind of data is {}, which has no images to compare with; expected fashion_mnist or \
