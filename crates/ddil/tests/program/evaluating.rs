@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use crate::evaluate::{INPUT, network};
 use crate::support::{
-    CHECKPOINT_INTERVAL, TestResult, UPDATES, Workshop, assert_same_end, checkpoints, json, status,
+    CHECKPOINT_INTERVAL, TestResult, UPDATES, Workshop, assert_same_end, checkpoints, copy_folder,
+    json, status,
 };
 use crate::text_teacher::Family;
 
@@ -222,5 +223,34 @@ fn features_of_another_model_are_not_used() -> TestResult {
     fs::rename(run.join("export"), workshop.path("teacher"))?;
     let ended = workshop.ddil(&arguments).succeeded();
     assert!(!ended.stderr.contains("are there already"), "{}", ended.stderr);
+    Ok(())
+}
+
+/// Samples, training images and reference have the size of the config: in the run, of the run, and of its model alone.
+#[test]
+#[ignore = "needs Fashion-MNIST: `make setup`"]
+fn fashion_mnist_is_scaled_for_a_run_and_its_reference() -> TestResult {
+    let workshop = Workshop::new();
+    let data = "data={ kind = \"fashion_mnist\", resolution = 8, batch_size = 4 }";
+    let evaluate = "evaluate={ interval = 12, samples = 50 }";
+    let run = workshop.complete("train", "small", &[data, "model.num_class_embeds=11", evaluate]);
+    let in_run = evaluations(&run)?.last().ok_or("the last update is evaluated")?.1;
+    let model = workshop.path("model");
+    copy_folder(&run.join("export"), &model);
+
+    let options = ["-n", "50", "--steps", "2", "--guidance-scale", "2", "--threads", "1"];
+    let (run, model) = (run.display().to_string(), model.display().to_string());
+    let subjects: [&[&str]; 3] =
+        [&[&run], &[&model], &[&model, "--reference", "fashion_mnist", "--shift-samples", "0"]];
+    for (number, subject) in subjects.into_iter().enumerate() {
+        let rows = format!("rows{number}.json");
+        let arguments = [&["evaluate"], subject, &options, &["--json", &rows]].concat();
+        workshop.ddil(&arguments).succeeded();
+        let row = &json(&workshop.path(&rows))[0];
+        assert_eq!(row["dataset"], "fashion_mnist/test-8x8");
+        assert_eq!(row["input"]["resize"], "bicubic-antialias-32x32");
+        let measured = row["frechet"].as_f64().ok_or("a number")?;
+        assert!((measured / in_run - 1.0).abs() < 1e-5, "{measured}, in the run {in_run}");
+    }
     Ok(())
 }
