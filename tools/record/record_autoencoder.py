@@ -13,12 +13,12 @@ product with cos(0), cos(1), cos(2), ..
 The same versions write the same bytes.
 """
 
-import argparse
 import pathlib
 
+import checked
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "models"
 
@@ -96,29 +96,21 @@ def record(name, config):
 
 def check(folder, variant):
     """Loads a folder that ddil wrote and compares its output with the recorded one."""
-    model, loading = AutoencoderKL.from_pretrained(folder, variant=variant, output_loading_info=True)
-    assert not any(loading.values()), loading
-    recorded = load_file(folder / "expected.safetensors")
+    model, recorded = checked.load(AutoencoderKL, folder, variant=variant)
     with torch.no_grad():
-        answers = answer(model.eval(), recorded["images"])
+        answers = answer(model, recorded["images"])
     for key in ["mean", "logvar", "scaled", "decoded"]:
-        error = (answers[key] - recorded[key]).abs().max() / recorded[key].abs().max()
-        print(f"{folder.name} {key}: max relative error {error:.2e}")
-        assert error <= 1e-5
+        checked.compare(f"{folder.name} {key}", answers[key], recorded[key])
+
+
+def record_all():
+    for name, config in CONFIGS.items():
+        record(name, config)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", nargs="+", type=pathlib.Path, metavar="DIR")
-    parser.add_argument("--variant")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.check:
-        for folder in arguments.check:
-            check(folder, arguments.variant)
-    else:
-        for name, config in CONFIGS.items():
-            record(name, config)
+    arguments = checked.arguments(__doc__, "--variant")
+    checked.run(arguments, lambda folder: check(folder, arguments.variant), record_all)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ does, padded with "!", and as the one `tokenizer.json` of transformers 5. `expec
 The same versions write the same bytes.
 """
 
-import argparse
 import collections
 import json
 import pathlib
 
+import checked
 import numpy
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPConfig,
@@ -306,27 +306,14 @@ def check(folder):
     cls = {c.__name__: c for c in (CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection)}[
         config["architectures"][0]
     ]
-    model, loading = cls.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading.values()), loading
-    recorded = load_file(folder / "expected.safetensors")
+    model, recorded = checked.load(cls, folder)
     argument = "pixel_values" if "pixel_values" in recorded else "input_ids"
     with torch.no_grad():
-        found = model.eval()(recorded[argument]).last_hidden_state
-    expected = recorded["last_hidden_state"]
-    error = (found - expected).abs().max() / expected.abs().max()
-    print(f"{folder.name}: max relative error {error:.2e}")
-    assert error <= 1e-5
+        found = model(recorded[argument]).last_hidden_state
+    checked.compare(folder.name, found, recorded["last_hidden_state"])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", nargs="+", type=pathlib.Path, metavar="DIR")
-    folders = parser.parse_args().check
-    torch.set_num_threads(1)
-    if folders:
-        for folder in folders:
-            check(folder)
-        return
+def record_all():
     tokenizer, padded = record_tokenizers()
     size = len(tokenizer)
     record_text("clip_text", CLIPTextModel, text_settings(size), tokenizer)
@@ -336,6 +323,10 @@ def main():
     ), padded)
     record_vision()
     record_score(tokenizer)
+
+
+def main():
+    checked.run(checked.arguments(__doc__), check, record_all)
 
 
 if __name__ == "__main__":

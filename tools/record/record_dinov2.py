@@ -11,12 +11,10 @@ images, and `expected.safetensors`: outputs at the size of the position embeddin
 what transformers makes of them. The same versions write the same bytes.
 """
 
-import argparse
-import pathlib
-
+import checked
 import torch
 from record_clip import GOLDEN, pictures, scatter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 # As in the published networks, for smaller images.
@@ -53,28 +51,19 @@ def record(name, **changes):
 
 def check(folder):
     """Loads a folder that ddil wrote and compares its output with the recorded one."""
-    model, loading = Dinov2Model.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading.values()), loading
-    recorded = load_file(folder / "expected.safetensors")
+    model, recorded = checked.load(Dinov2Model, folder)
     with torch.no_grad():
-        found = model.eval()(recorded["pixel_values"]).last_hidden_state
-    expected = recorded["last_hidden_state"]
-    error = (found - expected).abs().max() / expected.abs().max()
-    print(f"{folder.name}: max relative error {error:.2e}")
-    assert error <= 1e-5
+        found = model(recorded["pixel_values"]).last_hidden_state
+    checked.compare(folder.name, found, recorded["last_hidden_state"])
+
+
+def record_all():
+    record("dinov2")
+    record("dinov2_gated", use_swiglu_ffn=True, qkv_bias=False, use_mask_token=False, num_attention_heads=2)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", nargs="+", type=pathlib.Path, metavar="DIR")
-    folders = parser.parse_args().check
-    torch.set_num_threads(1)
-    if folders:
-        for folder in folders:
-            check(folder)
-        return
-    record("dinov2")
-    record("dinov2_gated", use_swiglu_ffn=True, qkv_bias=False, use_mask_token=False, num_attention_heads=2)
+    checked.run(checked.arguments(__doc__), check, record_all)
 
 
 if __name__ == "__main__":

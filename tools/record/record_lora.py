@@ -14,9 +14,9 @@ order of their names, as record_unet.py has them, in double precision.
 The same versions write the same bytes.
 """
 
-import argparse
 import pathlib
 
+import checked
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -121,10 +121,9 @@ def check(folder):
         mixin.load_lora_into_unet(state, network_alphas=alphas, unet=model, metadata=metadata)
         with torch.no_grad():
             output, _ = condition_answer(model, inputs)
-        error = (output - expected).abs().max() / expected.abs().max()
-        change = (output - inputs["output"]).abs().max() / inputs["output"].abs().max()
-        print(f"{folder.name}/{file}: max relative error {error:.2e}, of an output that changes by {change:.2f}")
-        assert error <= 1e-5 and change > 0.01
+        change = checked.difference(output, inputs["output"])
+        checked.compare(f"{folder.name}/{file}", output, expected, f", of an output that changes by {change:.2f}")
+        assert change > 0.01
 
 
 def check_pipeline(root):
@@ -139,7 +138,7 @@ def check_pipeline(root):
     def error(name):
         with torch.no_grad():
             output = pipe.unet(*inputs).sample
-        return float((output - expected[name]).abs().max() / expected[name].abs().max())
+        return float(checked.difference(output, expected[name]))
 
     print(f"base: max relative error {error('of_teacher'):.2e}")
     pipe.load_lora_weights(root / "adapter")
@@ -148,23 +147,20 @@ def check_pipeline(root):
     pipe.fuse_lora()
     print(f"adapter: {apart:.2e}, fused {error('output'):.2e}, of an output that changes by {change:.2f}")
     print(f"adapters {pipe.get_active_adapters()}, {type(pipe.scheduler).__name__}")
-    assert max(apart, error("output")) <= 1e-5 and change > 0.01
+    assert max(apart, error("output")) <= checked.TOLERANCE and change > 0.01
+
+
+def record_all():
+    for name, config in LORAS.items():
+        record(name, config)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", nargs="+", type=pathlib.Path, metavar="DIR")
-    parser.add_argument("--check-pipeline", type=pathlib.Path, metavar="DIR")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = checked.arguments(__doc__, "--check-pipeline")
     if arguments.check_pipeline:
-        return check_pipeline(arguments.check_pipeline)
-    if arguments.check:
-        for folder in arguments.check:
-            check(folder)
-    else:
-        for name, config in LORAS.items():
-            record(name, config)
+        torch.set_num_threads(1)
+        return check_pipeline(pathlib.Path(arguments.check_pipeline))
+    checked.run(arguments, check, record_all)
 
 
 if __name__ == "__main__":

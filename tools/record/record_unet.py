@@ -17,14 +17,14 @@ cos(1), cos(2), ..
 The same versions write the same bytes.
 """
 
-import argparse
 import json
 import pathlib
 
+import checked
 import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden" / "models"
 
@@ -301,20 +301,16 @@ def record_condition(name, config):
 
 
 def check_condition(folder):
-    model, loading = UNet2DConditionModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading.values()), loading
-    recorded = load_file(folder / "expected.safetensors")
+    model, recorded = checked.load(UNet2DConditionModel, folder)
     with torch.no_grad():
-        output, _ = condition_answer(model.eval(), recorded)
+        output, _ = condition_answer(model, recorded)
     return output, recorded["output"]
 
 
 def check_plain(folder):
-    model, loading = UNet2DModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading.values()), loading
-    recorded = load_file(folder / "expected.safetensors")
+    model, recorded = checked.load(UNet2DModel, folder)
     with torch.no_grad():
-        output, _ = answer(model.eval(), recorded)
+        output, _ = answer(model, recorded)
     return output, recorded["output"]
 
 
@@ -324,24 +320,18 @@ def check(folder):
         output, expected = check_condition(folder)
     else:
         output, expected = check_plain(folder)
-    error = (output - expected).abs().max() / expected.abs().max()
-    print(f"{folder.name}: max relative error {error:.2e}")
-    assert error <= 1e-5
+    checked.compare(folder.name, output, expected)
+
+
+def record_all():
+    for name, config in CONFIGS.items():
+        record(name, config)
+    for name, config in CONDITION_CONFIGS.items():
+        record_condition(name, config)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", nargs="+", type=pathlib.Path, metavar="DIR")
-    folders = parser.parse_args().check
-    torch.set_num_threads(1)
-    if folders:
-        for folder in folders:
-            check(folder)
-    else:
-        for name, config in CONFIGS.items():
-            record(name, config)
-        for name, config in CONDITION_CONFIGS.items():
-            record_condition(name, config)
+    checked.run(checked.arguments(__doc__), check, record_all)
 
 
 if __name__ == "__main__":
