@@ -81,12 +81,12 @@ fn every_problem_is_named_in_the_terms_of_the_file() {
     }));
     let messages: Vec<_> = file.problems(&derived()).iter().map(ToString::to_string).collect();
     let expected = [
-        "`_version` is 3; expected a string",
+        "`_version` is 3; expected text",
         r#"`beta_start` is "small"; expected a number"#,
         "`clip` is 1; expected true or false",
         "`offset` is 0.5; expected a whole number",
         "`scaling` is null; expected a number",
-        r#"`spacing` is ["leading","even"]; expected leading, linspace or trailing, not `even`"#,
+        r#"`spacing` is ["leading","even"]; expected one of `leading`, `linspace` or `trailing`, not "even""#,
         "`steps` is -5; expected a whole number from 0 to 4294967295",
     ];
     assert_eq!(messages, expected);
@@ -120,4 +120,44 @@ fn files_without_a_json_object_are_refused_by_name() {
     let file = std::fs::File::create(&path).expect("a file");
     file.set_len(1 << 40).expect("a sparse file");
     assert!(matches!(JsonSettings::from_file(&path), Err(Error::Io { .. })));
+}
+
+/// The same settings type as a file and as an object.
+#[test]
+fn json_of_another_type_is_refused_in_the_terms_of_the_file() {
+    fn said<T: serde::de::DeserializeOwned>(json: &str) -> String {
+        ddil_files::parse_json::<T>(json.as_bytes()).err().expect(json).to_string()
+    }
+    assert_eq!(said::<Common>("3"), "found 3; expected an object at line 1 column 1");
+    assert_eq!(
+        said::<Common>("[]"),
+        "found a list of 0 values; expected an object at line 1 column 2"
+    );
+    assert_eq!(said::<Common>("{}"), "missing key `beta_start` at line 1 column 2");
+    assert_eq!(said::<Vec<f64>>("{}"), "found an object; expected a list at line 1 column 0");
+    assert_eq!(
+        said::<Vec<bool>>("[null]"),
+        "found null; expected true or false at line 1 column 5"
+    );
+    assert_eq!(said::<Spacing>("{}"), "expected value at line 1 column 2");
+    assert_eq!(
+        said::<Vec<Spacing>>(r#"["even"]"#),
+        r#"found "even"; expected one of `leading`, `linspace` or `trailing` at line 1 column 7"#
+    );
+    let twice = r#"{"clip": true, "clip": true}"#;
+    assert_eq!(said::<Common>(twice), "the key `clip` occurs twice at line 1 column 21");
+    assert_eq!(said::<Vec<f64>>("["), "EOF while parsing a list at line 1 column 1");
+    let values = ["3", "-1", "1.5", "true", "null", "\"a\"", "[]", "[{}]", "{}", "{\"a\": []}"];
+    for value in values {
+        let of_each = [
+            said::<std::num::NonZeroU8>(&format!("[{value}]")),
+            said::<[String; 2]>(value),
+            said::<(u64, String)>(value),
+            said::<Derived>(value),
+            said::<std::collections::BTreeMap<String, usize>>(&format!("[{value}]")),
+        ];
+        for message in of_each {
+            assert_eq!(ddil_tests::words_of_rust(&message), [""; 0], "{message}");
+        }
+    }
 }

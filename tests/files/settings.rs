@@ -124,16 +124,16 @@ fn an_unknown_variant_names_the_nearest() {
     let text = message(&TEXT.replace("\"linear\"", "\"liner\""), &[]);
     assert_eq!(
         text,
-        "run.toml:7:14: `train.schedule.kind`: unknown variant `liner`, \
+        "run.toml:7:14: `train.schedule.kind` is \"liner\"; \
          expected `constant` or `linear`; did you mean `linear`?"
     );
 }
 
 #[test]
-fn a_value_of_the_wrong_type_names_place_key_and_both_types() {
+fn a_value_of_the_wrong_type_names_place_key_value_and_what_is_allowed() {
     assert_eq!(
         message(&TEXT.replace("batch_size = 8", "batch_size = \"many\""), &[]),
-        "run.toml:6:1: `train.batch_size`: invalid type: string \"many\", expected u32"
+        "run.toml:6:1: `train.batch_size` is \"many\"; expected a whole number from 0 to 4294967295"
     );
 }
 
@@ -143,7 +143,7 @@ fn a_missing_key_is_named() {
         message(&TEXT.replace("batch_size = 8\n", ""), &[]),
         "run.toml:4:2: `train`: missing key `batch_size`"
     );
-    assert_eq!(message("", &[]), "run.toml: `(top level)`: missing key `name`");
+    assert_eq!(message("", &[]), "run.toml: missing key `name`");
 }
 
 #[test]
@@ -174,7 +174,8 @@ fn overrides_are_toml_or_else_strings() -> Result<(), Error> {
 fn an_invalid_override_is_named() {
     assert_eq!(
         message(TEXT, &["train.batch_size=-1"]),
-        "--set train.batch_size=-1: `train.batch_size`: invalid value: integer `-1`, expected u32"
+        "--set train.batch_size=-1: `train.batch_size` is -1; \
+         expected a whole number from 0 to 4294967295"
     );
     assert_eq!(
         message(TEXT, &["train.batchsize=4"]),
@@ -227,4 +228,181 @@ fn differences_name_key_and_both_values() -> Result<(), Error> {
     );
     assert_eq!(differences(&left, &left)?, []);
     Ok(())
+}
+
+/// A key of every kind of value that settings have.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "only errors are of interest")]
+struct Kinds {
+    text: Option<String>,
+    path: Option<std::path::PathBuf>,
+    flag: Option<bool>,
+    byte: Option<u8>,
+    count: Option<u32>,
+    long: Option<u64>,
+    size: Option<usize>,
+    above: Option<std::num::NonZeroU32>,
+    signed: Option<i32>,
+    whole: Option<i64>,
+    number: Option<f64>,
+    single: Option<f32>,
+    list: Option<Vec<u32>>,
+    pair: Option<[i64; 2]>,
+    mixed: Option<(String, u32)>,
+    table: Option<Warmup>,
+    keys: Option<std::collections::BTreeMap<String, u32>>,
+    choice: Option<Choice>,
+    tagged: Option<Tagged>,
+    either: Option<Either>,
+    content: Option<Content>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Choice {
+    First,
+    Second,
+    Third,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+#[expect(dead_code, reason = "only errors are of interest")]
+enum Tagged {
+    Plain,
+    Deep { rate: f64, choice: Option<Choice>, warmup: Option<Warmup>, sizes: Option<Vec<u32>> },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a number, or a list with one per channel")]
+#[expect(dead_code, reason = "only errors are of interest")]
+enum Either {
+    One(f64),
+    Each(Vec<f64>),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(dead_code, reason = "only errors are of interest")]
+enum Content {
+    Empty,
+    Full(u32),
+    Wide { width: u32 },
+}
+
+const KEYS: [&str; 26] = [
+    "text",
+    "path",
+    "flag",
+    "byte",
+    "count",
+    "long",
+    "size",
+    "above",
+    "signed",
+    "whole",
+    "number",
+    "single",
+    "list",
+    "list.0",
+    "pair",
+    "mixed",
+    "table",
+    "table.num_steps",
+    "keys",
+    "keys.a",
+    "choice",
+    "tagged",
+    "tagged.rate",
+    "tagged.warmup",
+    "either",
+    "content",
+];
+
+const VALUES: [&str; 16] = [
+    "'a, expected b'",
+    "''",
+    "-1",
+    "0",
+    "300",
+    "5000000000",
+    "1.5",
+    "1e300",
+    "nan",
+    "true",
+    "[]",
+    "[1, 'a']",
+    "[-1]",
+    "{}",
+    "{ a = -1 }",
+    "2024-01-01",
+];
+
+/// Every value at every key: the message names the key and has no word of Rust.
+#[test]
+fn messages_are_in_the_terms_of_a_file() {
+    let text = "list = [1]\ntable = { num_steps = 1 }\nkeys = { a = 1 }\n\
+                tagged = { kind = 'deep', rate = 1, warmup = { num_steps = 1 } }\n";
+    let mut refused = 0;
+    for (key, value) in KEYS.iter().flat_map(|key| VALUES.map(|value| (key, value))) {
+        let mut settings = Settings::parse("run.toml", text).expect("valid TOML");
+        settings.set(&format!("{key}={value}")).expect("the key can be set");
+        let Err(error) = settings.build::<Kinds>() else { continue };
+        let message = error.to_string();
+        // Of several values that may be meant, none is: the place is that of the table.
+        let place = format!("--set {key}={value}: ");
+        let said = message.strip_prefix(&place).or(message.strip_prefix("run.toml:4:1: "));
+        let said = said.unwrap_or_else(|| panic!("{message}"));
+        let first = key.split('.').next().expect("a key");
+        assert!(said.contains(&format!("`{first}")), "{message}");
+        assert_eq!(ddil_tests::words_of_rust(said), [""; 0], "{message}");
+        refused += 1;
+        println!("{message}");
+    }
+    assert!(refused > 300, "{refused}");
+}
+
+#[test]
+fn each_kind_of_value_has_a_term() {
+    let of = |assignment: &str| {
+        let mut settings = Settings::parse("a.toml", "").expect("valid TOML");
+        settings.set(assignment).expect("it can be set");
+        let message = settings.build::<Kinds>().expect_err(assignment).to_string();
+        message.strip_prefix(&format!("--set {assignment}: ")).expect("the place").to_owned()
+    };
+    let names = "one of `first`, `second` or `third`";
+    for (assignment, message) in [
+        ("text=3", "`text` is 3; expected text".to_owned()),
+        ("flag='yes'", "`flag` is \"yes\"; expected true or false".to_owned()),
+        ("number='a'", "`number` is \"a\"; expected a number".to_owned()),
+        ("above=0", "`above` is 0; expected a whole number from 1 to 4294967295".to_owned()),
+        ("size=-1", "`size` is -1; expected a whole number, 0 or more".to_owned()),
+        ("list=5", "`list` is 5; expected a list".to_owned()),
+        ("pair=[1, 2, 3]", "`pair` is a list of 3 values; expected fewer values".to_owned()),
+        ("pair=[1]", "`pair` is a list of 1 value; expected a list of 2 values".to_owned()),
+        ("table=3", "`table` is 3; expected a table".to_owned()),
+        ("table=[]", "`table` is a list of 0 values; expected a table".to_owned()),
+        ("choice=3", format!("`choice` is 3; expected {names}")),
+        (
+            "choice='secnd'",
+            format!("`choice` is \"secnd\"; expected {names}; did you mean `second`?"),
+        ),
+        ("tagged=3", "`tagged` is 3; expected a table with a `kind`".to_owned()),
+        ("tagged.kind=3", "`tagged.kind` is 3; expected `plain` or `deep`".to_owned()),
+        ("tagged={kind='deep', rate='x'}", "`tagged.rate` is \"x\"; expected a number".to_owned()),
+        ("tagged={kind='deep', rate={}}", "`tagged.rate` is a table; expected a number".to_owned()),
+        (
+            "tagged={kind='deep', rate=1, choice='x', sizes=['x']}",
+            "`tagged` contains \"x\"; expected one of `first`, `second` or `third`".to_owned(),
+        ),
+        ("tagged={kind='deep'}", "`tagged`: missing key `rate`".to_owned()),
+        (
+            "either='a'",
+            "`either` is \"a\"; expected a number, or a list with one per channel".to_owned(),
+        ),
+        ("content=3", "`content` is 3; expected one of `empty`, `full` or `wide`".to_owned()),
+    ] {
+        assert_eq!(of(assignment), message);
+    }
 }

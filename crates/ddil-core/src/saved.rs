@@ -159,8 +159,10 @@ impl SavedState {
 
     /// Deserializes the metadata.
     pub(crate) fn metadata<M: DeserializeOwned>(&self, what: &'static str) -> Result<M> {
-        M::deserialize(&self.metadata)
-            .map_err(|e| Error::Restore { what, problem: format!("metadata: {e}") })
+        M::deserialize(&self.metadata).map_err(|e| {
+            let problem = format!("metadata: {}", ddil_files::in_json_terms(&e));
+            Error::Restore { what, problem }
+        })
     }
 
     /// The tensors, with a prefix added to their names.

@@ -196,14 +196,14 @@ impl EncodedInfo {
         };
         // The version first: for a newer file, the version is reported and not its unknown keys.
         let versioned: Versioned =
-            serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
+            ddil_files::parse_json(&text).map_err(|e| invalid(e.to_string()))?;
         if versioned.format_version != FORMAT_VERSION {
             let found = versioned.format_version;
             return Err(invalid(format!(
                 "`format_version` is {found}, but this version of ddil reads {FORMAT_VERSION}"
             )));
         }
-        serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))
+        ddil_files::parse_json(&text).map_err(|error| invalid(error.to_string()))
     }
 }
 
@@ -557,7 +557,7 @@ impl Checks<'_> {
         let read = ddil_files::read_bounded(folder.join(TEXTS), u64::MAX)
             .map_err(|error| error.to_string());
         let texts: std::result::Result<Vec<String>, String> = read
-            .and_then(|bytes| serde_json::from_slice(&bytes).map_err(|error| error.to_string()));
+            .and_then(|bytes| ddil_files::parse_json(&bytes).map_err(|error| error.to_string()));
         match texts {
             Ok(texts) if texts.len() as i64 == self.info.num_prompts => texts,
             Ok(texts) => {

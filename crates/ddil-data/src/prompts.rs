@@ -151,7 +151,7 @@ fn from_lines(text: &str) -> Found {
 
 /// The number or the name of an image.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-#[serde(untagged, expecting = "a whole number or a text")]
+#[serde(untagged, expecting = "expected a whole number or a text")]
 enum Id {
     Number(i64),
     Name(String),
@@ -266,7 +266,7 @@ fn from_coco(text: &str) -> Found {
     if !text.trim_start().starts_with('{') {
         return Found::problem(format!("it is not a JSON object: {EXPECTED}"));
     }
-    let Coco { images, annotations } = match serde_json::from_str(text) {
+    let Coco { images, annotations } = match ddil_files::parse_json(text.as_bytes()) {
         Ok(coco) => coco,
         Err(error) => return Found::problem(format!("{error}: {EXPECTED}")),
     };

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 
 /// One text, or alternative phrasings of the same content.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "a text or a list of texts")]
+#[serde(untagged, expecting = "expected a text or a list of texts")]
 pub(crate) enum Texts {
     One(String),
     Several(Vec<String>),
@@ -46,7 +46,7 @@ pub(crate) type Numbered<T> = Vec<(u64, std::result::Result<T, String>)>;
 pub(crate) fn parse_lines<T: serde::de::DeserializeOwned>(text: &str) -> Numbered<T> {
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
     let read =
-        |line| serde_json::from_str(line).map_err(|error: serde_json::Error| error.to_string());
+        |line: &str| ddil_files::parse_json(line.as_bytes()).map_err(|error| error.to_string());
     lines.map(|(number, line)| (number, read(line))).collect()
 }
 

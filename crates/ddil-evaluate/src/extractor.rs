@@ -176,7 +176,7 @@ fn input_of(text: &str) -> Result<ImageInput> {
         "torch-fidelity" => ImageInput::torch_fidelity(),
         "imagenet" => ImageInput::imagenet(),
         "clip" => ImageInput::clip(224),
-        other => serde_json::from_str(other).map_err(|error| {
+        other => ddil_files::parse_json(other.as_bytes()).map_err(|error| {
             Invalid::new("extractor_input", other, format!("{INPUTS} ({error})"))
         })?,
     })

@@ -68,13 +68,13 @@ pub enum Error {
     },
     /// A value in a config has the wrong type or is out of range.
     #[cfg(feature = "settings")]
-    #[error("{place}: `{key}`: {message}")]
+    #[error("{place}: {message}")]
     InvalidSetting {
         /// File, line and column, or the `--set` override that contains the value.
         place: String,
-        /// The full path of the key.
+        /// The full path of the key; empty for the whole file.
         key: String,
-        /// The value found and the values allowed.
+        /// The key, the value found and the values allowed.
         message: String,
     },
     /// A `--set` override cannot be parsed or applied.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Error, Result, read_bounded, write_atomic};
+use crate::{Error, Result, parse_json, read_bounded, write_atomic};
 
 /// Writes a value as indented JSON, atomically; see [`write_atomic`].
 ///
@@ -46,7 +46,7 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 /// [`Error::Io`] if the file cannot be read, [`Error::Json`] if its content cannot be parsed as a `T`.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = fs::read(path).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&text).map_err(Error::json("read", path))
+    parse_json(&text).map_err(Error::json("read", path))
 }
 
 /// Size limit of files that are usually small: an index, a card, a manifest, a status.
@@ -59,7 +59,7 @@ const MAX_SMALL_BYTES: u64 = 16 << 20;
 /// As [`read_json`], and [`Error::Io`] for a larger file or one that is not a regular file.
 pub fn read_small_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = read_bounded(path, MAX_SMALL_BYTES).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&text).map_err(Error::json("read", path))
+    parse_json(&text).map_err(Error::json("read", path))
 }
 
 /// The first version of every format; files without `format_version` have it.

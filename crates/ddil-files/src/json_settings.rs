@@ -6,7 +6,8 @@ use std::path::Path;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use crate::{Error, Invalid, Result, read_text_bounded};
+use crate::file_terms::{OBJECT, Refusal, alternatives, in_json_terms};
+use crate::{Error, Invalid, Result, parse_json, read_text_bounded};
 
 /// Size limit of a file: a published one has less than ten KiB, an explicit list of a thousand betas needs thirty.
 const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -69,9 +70,9 @@ impl JsonSettings {
     ///
     /// The parser's error if it is not a JSON object.
     pub fn parse(text: &str) -> serde_json::Result<Self> {
-        let parsed = serde_json::from_str(text).or_else(|error| match with_quoted_words(text) {
+        let parsed = parse_json(text.as_bytes()).or_else(|error| match with_quoted_words(text) {
             quoted if quoted == text => Err(error),
-            quoted => serde_json::from_str(&quoted).map_err(|_| error),
+            quoted => parse_json(quoted.as_bytes()).map_err(|_| error),
         });
         parsed.map(Self)
     }
@@ -148,7 +149,8 @@ impl JsonSettings {
         }
         serde_json::from_value(Value::Object(settings)).map_err(|error| {
             let first = self.problems(defaults).into_iter().next();
-            first.unwrap_or_else(|| Invalid::new("settings", error, "values that agree"))
+            let problem = || Invalid::new("settings", in_json_terms(&error), "values that agree");
+            first.unwrap_or_else(problem)
         })
     }
 
@@ -194,35 +196,15 @@ fn with_quoted_words(text: &str) -> String {
     quoted.collect::<Vec<_>>().join("\"")
 }
 
-/// The allowed values in a message of serde, whose words for types are Rust's, in the terms of a JSON file.
+/// The allowed values in a message of serde, in the terms of a JSON file.
 fn expected(message: &str, value: &Value) -> String {
-    let Some((found, allowed)) = message.rsplit_once(", expected ") else {
-        return message.to_owned();
-    };
-    let allowed = match allowed {
-        "f32" | "f64" => "a number".to_owned(),
-        "i32" | "i64" => "a whole number".to_owned(),
-        "u32" => format!("a whole number from 0 to {}", u32::MAX),
-        "u64" | "usize" => "a whole number, not negative".to_owned(),
-        "a boolean" => "true or false".to_owned(),
-        "a sequence" => "a list".to_owned(),
-        other => match other.strip_prefix("one of ") {
-            Some(names) => alternatives(&names.split(", ").collect::<Vec<_>>()).replace('`', ""),
-            None => other.replace('`', ""),
-        },
-    };
-    if value.is_array() || value.is_object() {
-        let kinds = ["invalid type: ", "invalid value: ", "unknown variant "];
-        let found = kinds.iter().find_map(|kind| found.strip_prefix(kind)).unwrap_or(found);
-        return format!("{allowed}, not {found}");
-    }
-    allowed
-}
-
-/// `a, b or c`.
-fn alternatives(names: &[&str]) -> String {
-    match names {
-        [first @ .., last] if !first.is_empty() => format!("{} or {last}", first.join(", ")),
-        _ => names.concat(),
+    match Refusal::of(message, OBJECT) {
+        // A value within a list or an object.
+        Refusal::Value { found: Some(found), expected }
+            if value.is_array() && found != "a list" || value.is_object() && found != OBJECT =>
+        {
+            format!("{expected}, not {found}")
+        }
+        Refusal::Value { expected, .. } | Refusal::Other(expected) => expected,
     }
 }

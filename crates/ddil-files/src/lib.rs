@@ -6,10 +6,10 @@
 //! | --- | --- |
 //! | read untrusted files | [`open_regular_file`], [`read_bounded`], [`read_text_bounded`] |
 //! | write files that survive a crash | [`write_atomic`], [`sync_folder`], [`temporary_sibling`] |
-//! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`] |
+//! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`]; [`parse_json`], [`in_json_terms`] |
 //! | read and write settings of diffusers | [`JsonSettings`] |
 //! | read settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
-//! | errors with their causes; names in a message | [`Error`], [`Report`], [`with_causes`]; [`listed`] |
+//! | errors with their causes; names in a message | [`Error`], [`Report`], [`with_causes`], [`causes`]; [`listed`] |
 //!
 //! # Example
 //!
@@ -42,6 +42,7 @@ mod bounded;
 mod error;
 #[doc(hidden)]
 pub mod fault;
+mod file_terms;
 mod hex;
 mod invalid;
 mod json;
@@ -53,10 +54,11 @@ pub mod settings;
 pub use atomic::{TEMPORARY, parent, sync_folder, temporary_sibling, write_atomic};
 pub use bounded::{open_regular_file, read_bounded, read_text_bounded};
 pub use error::{Error, Result};
+pub use file_terms::{in_json_terms, parse_json};
 pub use hex::hex;
 pub use invalid::{Invalid, listed};
 pub use json::{
     ensure_version, first_version, read_json, read_small_json, read_versioned, write_json,
 };
 pub use json_settings::JsonSettings;
-pub use report::{Report, with_causes};
+pub use report::{Report, causes, with_causes};

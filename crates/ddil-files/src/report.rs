@@ -1,6 +1,8 @@
 use std::error::Error;
 use std::fmt;
 
+use crate::file_terms::in_json_terms;
+
 /// Any error, displayed with its causes: the error type of a `main` function.
 ///
 /// The errors of this workspace follow Rust's convention: `Display` prints the error alone, [`Error::source`] returns its
@@ -51,6 +53,40 @@ impl fmt::Debug for Report {
 
 /// An error and its causes, in one line.
 pub fn with_causes(error: &dyn Error) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    causes(error).join(": ")
+}
+
+/// The messages of an error and its causes, in the terms of files, without repetition: what an error of another library
+/// repeats of its cause is removed from its own message.
+///
+/// # Example
+///
+/// ```
+/// use std::io::{Error, ErrorKind};
+///
+/// #[derive(Debug, thiserror::Error)]
+/// #[error("invalid header: {source}")]
+/// struct InvalidHeader {
+///     source: Error,
+/// }
+///
+/// let source = Error::new(ErrorKind::InvalidData, "no name");
+/// assert_eq!(ddil_files::causes(&InvalidHeader { source }), ["invalid header", "no name"]);
+/// ```
+pub fn causes(error: &dyn Error) -> Vec<String> {
+    let sources = std::iter::successors(error.source(), |&cause| cause.source());
+    let in_terms = sources.clone().map(|cause| match cause.downcast_ref::<serde_json::Error>() {
+        Some(json) => in_json_terms(json).to_string(),
+        None => cause.to_string(),
+    });
+    let mut own: Vec<String> = std::iter::once(error.to_string()).chain(in_terms).collect();
+    for (index, cause) in sources.map(ToString::to_string).enumerate() {
+        if own[index] == cause {
+            own[index].clear();
+        } else if let Some(text) = own[index].strip_suffix(&format!(": {cause}")) {
+            own[index] = text.to_owned();
+        }
+    }
+    own.retain(|text| !text.is_empty());
+    own
 }

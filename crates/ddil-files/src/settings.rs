@@ -18,7 +18,8 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use crate::{Error, Result};
+use crate::file_terms::{Refusal, TABLE};
+use crate::{Error, Invalid, Result};
 
 /// Minimum similarity of a name that is suggested instead of an unknown one.
 const MIN_SIMILARITY: f64 = 0.65;
@@ -119,41 +120,112 @@ impl Settings {
     /// [`Error::UnknownKey`] with the most similar known key; [`Error::InvalidSetting`] for a value that is missing,
     /// out of range or of the wrong type. Both name the place: line and column, or the override.
     pub fn build<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_path_to_error::deserialize(self.values.clone())
-            .map_err(|error| self.explain(key_of(error.path()), error.inner().message()))
+        let retry = |values| read::<T>(values).err();
+        read(self.values.clone()).map_err(|problem| self.explain(problem, &retry))
     }
 
-    fn explain(&self, mut key: Vec<String>, message: &str) -> Error {
-        let names = backticked(message);
-        let (found, known) = names.split_first().map_or(("", &[][..]), |(a, b)| (a.as_str(), b));
-        let nearest = nearest(found, known);
-        if message.starts_with("unknown field") {
-            // Serde buffers the content of a tagged enum, so the path ends at the enum.
-            if key.last().is_none_or(|last| last != found) {
-                let rest = self.path_below(&key, found);
-                key.extend(rest);
+    fn explain(&self, problem: Problem, retry: Retry<'_>) -> Error {
+        if problem.message.starts_with("unknown field") {
+            return self.unknown_key(problem);
+        }
+        let (key, message) = match Refusal::of(&problem.message, TABLE) {
+            Refusal::Value { found, expected } => {
+                self.refused_value(problem, found, expected, retry)
             }
-            let (place, key) = (self.place_of(&key), key.join("."));
-            return Error::UnknownKey { place, key, nearest, known: known.to_vec() };
+            Refusal::Other(message) if problem.key.is_empty() => (problem.key, message),
+            Refusal::Other(message) => {
+                let message = format!("`{}`: {message}", problem.key.join("."));
+                (problem.key, message)
+            }
+        };
+        Error::InvalidSetting { place: self.place_of(&key), key: key.join("."), message }
+    }
+
+    fn unknown_key(&self, Problem { mut key, message }: Problem) -> Error {
+        let names = backticked(&message);
+        let (found, known) = names.split_first().map_or(("", &[][..]), |(a, b)| (a.as_str(), b));
+        // Serde buffers the content of a tagged enum, so the path ends at the enum.
+        if key.last().is_none_or(|last| last != found) {
+            let rest = self.path_below(&key, |name, _| name == found);
+            key.extend(rest.unwrap_or_else(|| vec![found.to_owned()]));
         }
-        let hint = nearest.filter(|_| message.starts_with("unknown variant"));
+        let (nearest, known) = (nearest(found, known), known.to_vec());
+        Error::UnknownKey { place: self.place_of(&key), key: key.join("."), nearest, known }
+    }
+
+    /// The key of a value that is not allowed, and the message.
+    fn refused_value(
+        &self,
+        problem: Problem,
+        found: Option<String>,
+        expected: String,
+        retry: Retry<'_>,
+    ) -> (Vec<String>, String) {
+        let Some(key) = self.key_of_value(&problem, found.as_deref(), retry) else {
+            let (key, found) = (problem.key, found.unwrap_or_default());
+            let message = format!("`{}` contains {found}; expected {expected}", key.join("."));
+            return (key, message);
+        };
+        let expected =
+            self.names(&key, retry).filter(|_| expected.starts_with("text")).unwrap_or(expected);
+        let value = child_at(&self.values, &key);
+        let hint =
+            value.and_then(Value::as_str).and_then(|text| nearest(text, &backticked(&expected)));
         let hint = hint.map_or(String::new(), |hint| format!("; did you mean `{hint}`?"));
-        Error::InvalidSetting {
-            place: self.place_of(&key),
-            key: if key.is_empty() { "(top level)".into() } else { key.join(".") },
-            message: format!("{}{hint}", with_config_terms(message)),
+        let value = found.filter(|found| found.starts_with("a list of ")).or(value.map(shown));
+        let invalid = Invalid::new(key.join("."), value.unwrap_or_default(), expected);
+        (key, format!("{invalid}{hint}"))
+    }
+
+    /// The key of the value that a problem is about, which may be below that of the problem: serde buffers the content of
+    /// a tagged enum, so the path ends at the enum. `None` if there are several such values.
+    fn key_of_value(
+        &self,
+        problem: &Problem,
+        found: Option<&str>,
+        retry: Retry<'_>,
+    ) -> Option<Vec<String>> {
+        let key = &problem.key;
+        let is_found = |value: &Value| found.is_none_or(|found| is_shown(value, found));
+        let value = child_at(&self.values, key)?;
+        // A table may be the buffered one, in which another table is not allowed.
+        let empty = value.is_table().then(|| self.retried(key, Value::Table(Table::new()), retry));
+        let is_buffered = empty.is_some_and(|empty| empty.as_ref() != Some(&problem.message));
+        if is_found(value) && !is_buffered {
+            return Some(key.clone());
+        }
+        let below = self.path_below(key, |_, value| is_found(value))?;
+        Some([key.as_slice(), &below].concat())
+    }
+
+    /// The names of which a key takes one. Serde lists them only for a text.
+    fn names(&self, key: &[String], retry: Retry<'_>) -> Option<String> {
+        let message = self.retried(key, Value::String(String::new()), retry)?;
+        match Refusal::of(message.strip_prefix("unknown variant").map(|_| message.as_str())?, TABLE)
+        {
+            Refusal::Value { expected, .. } => Some(expected),
+            Refusal::Other(_) => None,
         }
     }
 
-    /// The path from `key` to the only key `name` below it; `name` alone if there are none or several.
-    fn path_below(&self, key: &[String], name: &str) -> Vec<String> {
+    /// The message about the same settings with another value.
+    fn retried(&self, key: &[String], value: Value, retry: Retry<'_>) -> Option<String> {
+        let mut values = self.values.clone();
+        insert(&mut values, key, value).ok()?;
+        retry(values).map(|problem| problem.message)
+    }
+
+    /// The path from `key` to the only value below it with a property; `None` if there are none or several.
+    fn path_below(
+        &self,
+        key: &[String],
+        is_it: impl Fn(&str, &Value) -> bool,
+    ) -> Option<Vec<String>> {
         let mut found = Vec::new();
-        if let Some(value) = key.iter().try_fold(&self.values, |value, part| child(value, part)) {
-            search(value, name, &[], &mut found);
-        }
+        search(child_at(&self.values, key)?, &is_it, &[], &mut found);
         match found.as_slice() {
-            [only] => only.clone(),
-            _ => vec![name.to_owned()],
+            [only] => Some(only.clone()),
+            _ => None,
         }
     }
 
@@ -267,12 +339,46 @@ fn compare(key: &str, left: Option<&Value>, right: Option<&Value>, found: &mut V
     }
 }
 
-/// A message of serde with the terms of a config file.
-fn with_config_terms(message: &str) -> String {
-    let message = message.replace("missing field", "missing key");
-    match message.split_once("internally tagged enum ") {
-        Some((before, _)) => format!("{before}a table with a `kind`"),
-        None => message,
+/// A problem that serde found: the path of the key and the message.
+struct Problem {
+    key: Vec<String>,
+    message: String,
+}
+
+/// The problem with other values, read as the same type.
+type Retry<'a> = &'a dyn Fn(Value) -> Option<Problem>;
+
+fn read<T: DeserializeOwned>(values: Value) -> Result<T, Problem> {
+    serde_path_to_error::deserialize(values).map_err(|error| Problem {
+        key: key_of(error.path()),
+        message: error.inner().message().to_owned(),
+    })
+}
+
+/// The value as TOML; a table and a long list by their kind.
+fn shown(value: &Value) -> String {
+    const SHORT: usize = 60;
+    match value {
+        Value::Table(_) => TABLE.to_owned(),
+        Value::Array(_) => Some(value.to_string())
+            .filter(|text| text.len() <= SHORT)
+            .unwrap_or_else(|| "a list".to_owned()),
+        Value::Float(number) if number.abs() >= 1e15 => format!("{number:e}"),
+        other => other.to_string(),
+    }
+}
+
+/// Whether a message shows this value as `found`.
+fn is_shown(value: &Value, found: &str) -> bool {
+    match value {
+        Value::String(text) => found == format!("{text:?}"),
+        Value::Float(number) => {
+            let found = found.parse();
+            found == Ok(*number) || number.is_nan() && found.is_ok_and(f64::is_nan)
+        }
+        Value::Array(_) => found.starts_with("a list"),
+        Value::Table(_) | Value::Datetime(_) => found == TABLE,
+        other => found == other.to_string(),
     }
 }
 
@@ -304,15 +410,20 @@ fn insert(target: &mut Value, key: &[String], value: Value) -> Result<(), String
     }
 }
 
-fn child<'a>(value: &'a Value, part: &str) -> Option<&'a Value> {
-    match value {
+fn child_at<'a>(value: &'a Value, key: &[String]) -> Option<&'a Value> {
+    key.iter().try_fold(value, |value, part| match value {
         Value::Table(table) => table.get(part),
         Value::Array(items) => items.get(part.parse::<usize>().ok()?),
         _ => None,
-    }
+    })
 }
 
-fn search(value: &Value, name: &str, path: &[String], found: &mut Vec<Vec<String>>) {
+fn search(
+    value: &Value,
+    is_it: &dyn Fn(&str, &Value) -> bool,
+    path: &[String],
+    found: &mut Vec<Vec<String>>,
+) {
     let children: Vec<(String, &Value)> = match value {
         Value::Table(table) => table.iter().map(|(key, value)| (key.clone(), value)).collect(),
         Value::Array(items) => {
@@ -322,8 +433,8 @@ fn search(value: &Value, name: &str, path: &[String], found: &mut Vec<Vec<String
     };
     for (key, value) in children {
         let path = [path, std::slice::from_ref(&key)].concat();
-        search(value, name, &path, found);
-        if key == name {
+        search(value, is_it, &path, found);
+        if is_it(&key, value) {
             found.push(path);
         }
     }

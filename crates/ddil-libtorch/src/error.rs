@@ -48,7 +48,7 @@ pub enum Error {
         expected: &'static str,
     },
     /// A file could not be opened or mapped into memory.
-    #[error("could not map {}", path.display())]
+    #[error("could not open {}", path.display())]
     Map {
         /// The file.
         path: PathBuf,

@@ -107,7 +107,7 @@ impl RowFile {
     ) -> Result<Self> {
         // A raw pointer, since the bytes change with the file: no reference to them is ever created.
         let map = MmapOptions::new().len(len).map_raw_read_only(&file);
-        let map = map.map_err(Error::file("map", path))?;
+        let map = map.map_err(Error::file("open", path))?;
         let path = path.to_owned();
         Ok(Self { path, file: Some(file), map, head_bytes, row_bytes, num_rows })
     }

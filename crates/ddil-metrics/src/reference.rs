@@ -246,12 +246,13 @@ fn read_safetensors(path: &Path, mut file: File) -> Outcome<Reference> {
     file.read_to_end(&mut content)
         .map_err(|source| Error::ReadFile { path: path.to_owned(), source })?;
     let tensors = SafeTensors::deserialize(&content).map_err(|error| {
+        let error = ddil_files::with_causes(&error);
         reason(format!(
             "not a statistics file (.safetensors or .npz with `mu` and `sigma`): {error}"
         ))
     })?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(&content).map_err(|error| reason(error.to_string()))?;
+    let (_, metadata) = SafeTensors::read_metadata(&content)
+        .map_err(|error| reason(ddil_files::with_causes(&error)))?;
     let metadata = metadata.metadata().clone().unwrap_or_default();
     let (_, mean) = floats(&tensors, "mu", Dtype::F64)?;
     let (_, covariance) = floats(&tensors, "sigma", Dtype::F64)?;
@@ -262,7 +263,7 @@ fn read_safetensors(path: &Path, mut file: File) -> Outcome<Reference> {
     let statistics = Statistics::from_parts(num_samples, mean, covariance)?;
     let extractor = metadata.get("extractor").zip(metadata.get("input"));
     let extractor = extractor.map(|(id, input)| {
-        let parsed = serde_json::from_str(input);
+        let parsed = ddil_files::parse_json(input.as_bytes());
         let input = parsed.map_err(|error| reason(format!("`input` is `{input}`: {error}")))?;
         Ok::<_, Problem>(Extractor { id: id.clone(), input })
     });

@@ -485,19 +485,19 @@ impl CommonConfig {
 fn output_type<'de, D: Deserializer<'de>>(value: D) -> Result<PredictionType, D::Error> {
     match PredictionType::deserialize(value) {
         Ok(PredictionType::Flow) | Err(_) => {
-            Err(D::Error::custom("epsilon, sample or v_prediction"))
+            Err(D::Error::custom("expected one of `epsilon`, `sample` or `v_prediction`"))
         }
         known => known,
     }
 }
 
 fn numbers<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<f64>>, D::Error> {
-    let refused = |_| D::Error::custom("a list of numbers, or null");
+    let refused = |_| D::Error::custom("expected a list of numbers, or null");
     Option::deserialize(value).map_err(refused)
 }
 
 fn whole_numbers<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Vec<i64>>, D::Error> {
-    let refused = |_| D::Error::custom("a list of whole numbers, or null");
+    let refused = |_| D::Error::custom("expected a list of whole numbers, or null");
     Option::deserialize(value).map_err(refused)
 }
 

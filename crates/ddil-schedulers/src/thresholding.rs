@@ -19,7 +19,7 @@ pub struct DataRange {
 
 /// One end of a [`DataRange`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a number, or a list with one per channel")]
 pub enum Bound {
     /// The same for every value.
     Scalar(f64),

@@ -13,7 +13,7 @@ use std::{
 
 use ddil_files::{
     fault::{self, Point},
-    open_regular_file,
+    open_regular_file, parse_json,
 };
 use serde::{Deserialize, Serialize};
 
@@ -189,7 +189,9 @@ impl Position {
 /// [`Error::Files`] if the file cannot be read, and at the first line that is not a valid `T`.
 pub fn read_lines<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
-    text.lines().map(|line| serde_json::from_str(line).map_err(Error::json("read", path))).collect()
+    text.lines()
+        .map(|line| parse_json(line.as_bytes()).map_err(Error::json("read", path)))
+        .collect()
 }
 
 /// The position after `bytes` bytes, or at the end of a shorter file.

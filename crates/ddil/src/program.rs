@@ -21,8 +21,9 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // The error and its causes, each on its own line; if it cannot be printed, the exit code still reports it.
             let mut stderr = std::io::stderr();
-            let _ = writeln!(stderr, "error: {error}");
-            for cause in error.chain().skip(1) {
+            let causes = ddil_files::causes(error.as_ref());
+            let _ = writeln!(stderr, "error: {}", causes.first().map_or("", String::as_str));
+            for cause in causes.iter().skip(1) {
                 let _ = writeln!(stderr, "  because {cause}");
             }
             exit_code(&error)

@@ -13,15 +13,7 @@ pub(crate) type Response = Result<(), String>;
 
 /// Drops the value and turns an error into its message.
 pub(crate) fn outcome<T, E: Error>(result: Result<T, E>) -> Response {
-    result.map(drop).map_err(|error| {
-        let mut text = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            text = format!("{text}: {error}");
-            cause = error.source();
-        }
-        text
-    })
+    result.map(drop).map_err(|error| ddil_files::with_causes(&error))
 }
 
 /// The cases of one crate.

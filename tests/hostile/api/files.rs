@@ -1,8 +1,8 @@
 use ddil_files::settings::{Settings, differences, inline_toml, parse_assignment, to_toml};
 use ddil_files::{
-    Invalid, JsonSettings, ensure_version, hex, listed, open_regular_file, parent, read_bounded,
-    read_json, read_small_json, read_text_bounded, read_versioned, sync_folder, temporary_sibling,
-    write_atomic, write_json,
+    Invalid, JsonSettings, ensure_version, hex, listed, open_regular_file, parent, parse_json,
+    read_bounded, read_json, read_small_json, read_text_bounded, read_versioned, sync_folder,
+    temporary_sibling, write_atomic, write_json,
 };
 use serde_json::Value;
 
@@ -83,7 +83,10 @@ fn writes(cases: &mut Cases) {
             cases.once("write_atomic", &what, || outcome(write_atomic(place, b"content")));
         }
     }
-    cases.cannot_fail(&["Error::io", "Error::json", "with_causes"]);
+    for text in [&b""[..], b"{", b"[1]", b"\xff", b"null"] {
+        cases.once("parse_json", &format!("{text:?}"), || outcome(parse_json::<f64>(text)));
+    }
+    cases.cannot_fail(&["Error::io", "Error::json", "with_causes", "causes", "in_json_terms"]);
     // Points at which tests have the disk fail.
     cases.cannot_fail(&["rename", "reach", "write_all"]);
 }

@@ -47,13 +47,7 @@ pub(crate) struct Target {
 
 /// An error with its causes, in one line.
 pub(crate) fn message_of(error: impl Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
+    ddil_files::with_causes(&error)
 }
 
 impl Target {
@@ -152,6 +146,8 @@ impl Target {
                 || named(tree)
                 || self.seeds.iter().any(named);
             assert!(says_where, "no place in {message:?}: {place}");
+            let words = ddil_tests::words_of_rust(message);
+            assert!(words.is_empty(), "{words:?} in {message:?}: {place}");
             assert!(message.len() < 100_000, "{} bytes of error: {place}", message.len());
         }
         outcome

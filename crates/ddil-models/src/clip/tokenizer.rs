@@ -178,7 +178,7 @@ fn text_from(prompt: &str, encoding: &Encoding, token: usize) -> String {
 
 /// A special token in a file: its text, or an object with flags.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, or an object with the text as `content`")]
 enum Mark {
     Text(String),
     Flagged(Flagged),
@@ -366,7 +366,7 @@ fn read_text(path: &Path) -> Result<String> {
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_str(&read_text(path)?)
+    ddil_files::parse_json(read_text(path)?.as_bytes())
         .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })
 }
 

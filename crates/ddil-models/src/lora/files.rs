@@ -301,7 +301,7 @@ impl Alphas {
         let Some(text) = weights::read_metadata(path)?.remove(METADATA) else {
             return Ok(Self::default());
         };
-        let settings: Map<String, Value> = serde_json::from_str(&text)
+        let settings: Map<String, Value> = ddil_files::parse_json(text.as_bytes())
             .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })?;
         let get = |key: &str| settings.get(&format!("{UNET}{key}")).or_else(|| settings.get(key));
         let mut pattern = Vec::new();

@@ -24,7 +24,7 @@ use crate::unet::pixels_config::{
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "one value for all levels, or a list with one per level")]
+#[serde(untagged, expecting = "expected one value for all levels, or a list with one per level")]
 pub enum PerLevel<T> {
     /// The same for all levels.
     All(T),
@@ -70,7 +70,7 @@ fn wrong_length(key: &str, len: usize, levels: usize) -> Invalid {
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "a number of blocks, or a list with one per transformer")]
+#[serde(untagged, expecting = "expected a number of blocks, or a list with one per transformer")]
 pub enum TransformerDepth {
     /// The same number in each.
     All(u32),
@@ -109,7 +109,10 @@ impl TransformerDepth {
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "a number of blocks, or a list with one number or list per level")]
+#[serde(
+    untagged,
+    expecting = "expected a number of blocks, or a list with one number or list per level"
+)]
 pub enum TransformerLayers {
     /// The same number everywhere.
     All(u32),

@@ -20,7 +20,7 @@ use crate::layers::embeddings::MIN_GUIDANCE_WIDTH;
 /// # Ok::<_, ddil_models::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a side, or a list of height and width")]
 pub enum SampleSize {
     /// Both the same.
     Square(u32),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
-use ddil_files::{read_bounded, with_causes};
+use ddil_files::{parse_json, read_bounded, with_causes};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
@@ -48,7 +48,7 @@ fn read(index: &Path) -> Result<BTreeMap<String, String>> {
     let text = read_bounded(index, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: index.into(), source: source.into() })?;
     ensure_unique_keys(&text)
-        .and_then(|()| serde_json::from_slice::<Map<String, Value>>(&text))
+        .and_then(|()| parse_json::<Map<String, Value>>(&text))
         .map_err(|source| Error::InvalidJson { path: index.into(), source: source.into() })
         .and_then(|mut object| match object.remove("weight_map") {
             Some(Value::Object(weight_map)) => Ok(weight_map),

@@ -92,7 +92,7 @@ pub(super) fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
     let mut header = vec![0; length as usize];
     file.read_exact(&mut header).map_err(io())?;
     let metadata: Metadata =
-        serde_json::from_slice(&header).map_err(|error| refused(error.to_string()))?;
+        ddil_files::parse_json(&header).map_err(|error| refused(error.to_string()))?;
     if 8 + length + metadata.data_len() as u64 != file_bytes {
         return Err(refused(format!("its header does not describe a file of {file_bytes} bytes")));
     }
