@@ -8,14 +8,14 @@ use std::{
 };
 
 use ddil_data::{
-    BatchIndices, Error, FashionMnist, ImageDataset, SampleChoice, choose_samples,
+    BatchIndices, Error, FashionMnist, ImageDataset, ImageFolder, SampleChoice, choose_samples,
     fashion_mnist_folders, flip_horizontally, read_cropped, read_idx_images, read_idx_labels,
     read_image_folder, read_image_folder_scaled,
 };
 use proptest::prelude::*;
 use tch::{Kind, Tensor, kind};
 
-type TestResult = Result<(), Box<dyn std::error::Error>>;
+type TestResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
 const IMAGES_MAGIC: [u8; 4] = [0, 0, 8, 3];
 const LABELS_MAGIC: [u8; 4] = [0, 0, 8, 1];
@@ -510,6 +510,83 @@ fn half_the_size_is_antialiased() -> TestResult {
         let error = rows.scaled(refused).expect_err("no such size");
         assert!(error.invalid().is_some(), "{refused:?}: {error}");
     }
+    Ok(())
+}
+
+/// Grey and RGB images of three classes.
+fn mixed_folder() -> TestResult<tempfile::TempDir> {
+    let folder = tempfile::tempdir()?;
+    for (class, colour) in [
+        ("bag", png::ColorType::Rgb),
+        ("coat", png::ColorType::Grayscale),
+        ("shoe", png::ColorType::Grayscale),
+    ] {
+        fs::create_dir(folder.path().join(class))?;
+        for i in 0..4_u8 {
+            let path = folder.path().join(class).join(format!("{i}.png"));
+            let levels: Vec<u8> = (0..16 * colour.samples() as u8)
+                .map(|at| at.wrapping_mul(29).wrapping_add(17 * i + class.len() as u8))
+                .collect();
+            write_png(&path, (4, 4), colour, &levels);
+        }
+    }
+    Ok(folder)
+}
+
+/// Choosing files and then reading them is the same as reading all and then choosing.
+#[test]
+fn a_part_of_the_files_is_the_same_part_of_the_images() -> TestResult {
+    let folder = mixed_folder()?;
+    let (files, all) =
+        (ImageFolder::open(folder.path())?, read_image_folder_scaled(folder.path(), [3, 3], 2)?);
+    let same = |part: &ImageFolder, expected: &ImageDataset| -> TestResult {
+        let read = part.read_scaled([3, 3], 2)?;
+        assert_eq!((read.pixels(), read.labels()), (expected.pixels(), expected.labels()));
+        assert_eq!(read.class_names(), expected.class_names());
+        Ok(())
+    };
+    same(&files, &all)?;
+    for excluded in [&["bag"][..], &["coat"], &["bag", "shoe"], &["shoe"]] {
+        let excluded: Vec<String> = excluded.iter().map(|name| (*name).to_owned()).collect();
+        let (files, all) = (files.without_classes(&excluded)?, all.without_classes(&excluded)?);
+        same(&files, &all)?;
+        for (choice, seed) in [(SampleChoice::First, 0), (SampleChoice::Random, 7)] {
+            let chosen = choose_samples(all.len(), 3, choice, seed)?;
+            same(&files.select(&chosen)?, &all.select(&chosen)?)?;
+        }
+    }
+    // The first four are RGB; the grey ones alone have the channels of the whole folder.
+    let grey = files.select(&[4, 11, 5])?;
+    assert_eq!(grey.read_scaled([3, 3], 1)?.image_shape(), [3, 3, 3]);
+    same(&grey, &all.select(&[4, 11, 5])?)?;
+    // Without scaling they need not agree with those that are left out.
+    assert_eq!(grey.read()?.image_shape(), [1, 4, 4]);
+    assert!(matches!(files.read(), Err(Error::Differs { .. })));
+    // A JPEG's header is read too.
+    fs::remove_dir_all(folder.path().join("bag"))?;
+    assert_eq!(read_image_folder_scaled(folder.path(), [3, 3], 1)?.image_shape(), [1, 3, 3]);
+    for (name, channels) in [("grey.jpg", 1), ("progressive.jpg", 3), ("turned_6.jpg", 3)] {
+        let picture = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/pictures").join(name);
+        fs::copy(picture, folder.path().join("coat/4.jpg"))?;
+        let coats = ImageFolder::open(folder.path())?.select(&[0, 1])?;
+        assert_eq!(coats.read_scaled([3, 3], 1)?.image_shape(), [channels, 3, 3], "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn files_that_are_left_out_are_not_read() -> TestResult {
+    let folder = mixed_folder()?;
+    written(&folder, "bag/2.png", b"not a picture");
+    written(&folder, "bag/4.jpg", &[0xff, 0xd8, 0xff]);
+    let files = ImageFolder::open(folder.path())?;
+    assert!(matches!(files.read_scaled([4, 4], 2), Err(Error::Png { .. })));
+    let left = files.without_classes(&["bag".to_owned()])?;
+    assert_eq!(left.read()?.len(), 8);
+    assert_eq!(left.read_scaled([4, 4], 2)?.image_shape(), [3, 4, 4]);
+    assert_eq!(files.select(&[1, 0])?.read()?.len(), 2);
+    assert!(matches!(files.select(&[0, 13]), Err(Error::Index { index: 13, len: 13 })));
+    assert!(matches!(files.select(&[]), Err(Error::Invalid(_))));
     Ok(())
 }
 

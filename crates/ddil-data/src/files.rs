@@ -50,6 +50,17 @@ pub(crate) fn read_opaque(path: &Path) -> Result<(Layout, Vec<u8>)> {
     if is_jpeg(path) { jpeg::read(path) } else { read_png(path, Transparency::Dropped) }
 }
 
+/// Whether a file is RGB, by its header; not if it cannot be read.
+pub(crate) fn is_colour(path: &Path) -> bool {
+    if is_jpeg(path) {
+        return jpeg::is_colour(path);
+    }
+    let Ok(file) = open_regular_file(path) else { return false };
+    let mut decoder = Decoder::new(BufReader::new(file));
+    decoder.set_transformations(Transformations::normalize_to_color8());
+    decoder.read_info().is_ok_and(|reader| reader.output_color_type().0 == ColorType::Rgb)
+}
+
 /// What becomes of an alpha channel.
 #[derive(Clone, Copy, PartialEq)]
 enum Transparency {

@@ -142,10 +142,7 @@ impl ImageDataset {
     /// [`Error::Index`] for an index outside of `0..len`, [`Error::Invalid`] for no indices, [`Error::Torch`] if memory
     /// runs out.
     pub fn select(&self, indices: &[i64]) -> Result<Self> {
-        self.ensure_indices(indices)?;
-        if indices.is_empty() {
-            return Err(Invalid::new("indices", "empty", "at least one").into());
-        }
+        ensure_indices(indices, self.len())?;
         let chosen = Tensor::from_slice(indices).to_device(self.pixels.device());
         let select =
             |from: &Tensor| from.f_index_select(0, &chosen).map_err(Error::torch("select"));
@@ -226,34 +223,10 @@ impl ImageDataset {
     /// # Ok::<(), ddil_data::Error>(())
     /// ```
     pub fn without_classes(&self, names: &[String]) -> Result<Self> {
-        let refuse = |value: String, expected: String| {
-            Err(Error::Invalid(Invalid::new("exclude_classes", value, expected)))
-        };
-        let Some(Labels { values, class_names }) = &self.labels else {
-            return refuse("set".to_owned(), "no value: the data have no classes".to_owned());
-        };
-        if let Some(unknown) = names.iter().find(|name| !class_names.contains(name)) {
-            let expected = format!("names of the data's classes: {}", listed(class_names));
-            return refuse(format!("{unknown:?}"), expected);
-        }
-        let labels: Vec<i64> = Vec::try_from(values).map_err(Error::torch("without_classes"))?;
-        let is_left = |label: i64| !names.contains(&class_names[label as usize]);
-        let kept: Vec<i64> =
-            (0..).zip(&labels).filter(|(_, l)| is_left(**l)).map(|(i, _)| i).collect();
-        if kept.is_empty() {
-            return refuse(
-                listed(names),
-                format!("to leave samples: the data have the classes {}", listed(class_names)),
-            );
-        }
-        let left: Vec<i64> =
-            (0..class_names.len() as i64).filter(|label| is_left(*label)).collect();
-        let new_names = left.iter().map(|label| class_names[*label as usize].clone()).collect();
-        let mut new_labels = vec![0; class_names.len()];
-        for (new, old) in (0..).zip(left) {
-            new_labels[old as usize] = new;
-        }
-        self.select(&kept)?.relabelled(&new_labels, new_names)
+        let labels = self.labels().map(Vec::<i64>::try_from).transpose();
+        let labels = labels.map_err(Error::torch("without_classes"))?;
+        let left = ClassesLeft::new(labels.as_deref(), self.class_names(), names)?;
+        self.select(&left.indices)?.relabelled(&left.labels, left.names)
     }
 
     /// The same images, shared, with other classes: label `i` becomes `labels[i]`, whose name is
@@ -290,21 +263,13 @@ impl ImageDataset {
         Self { pixels: self.pixels.shallow_clone(), labels }
     }
 
-    fn ensure_indices(&self, indices: &[i64]) -> Result<()> {
-        let len = self.len();
-        match indices.iter().find(|index| !(0..len).contains(*index)) {
-            Some(&index) => Err(Error::Index { index, len }),
-            None => Ok(()),
-        }
-    }
-
     /// The samples at the given indices, in that order; indices may repeat.
     ///
     /// # Errors
     ///
     /// [`Error::Index`] for an index outside of `0..len`, [`Error::Torch`] if memory runs out.
     pub fn batch(&self, indices: &[i64]) -> Result<Batch> {
-        self.ensure_indices(indices)?;
+        ensure_in_range(indices, self.len())?;
         let chosen = Tensor::from_slice(indices).to_device(self.pixels.device());
         let select = |from: &Tensor| from.f_index_select(0, &chosen).map_err(Error::torch("batch"));
         let x0 = to_signed_unit(&select(&self.pixels)?);
@@ -323,6 +288,69 @@ impl ImageDataset {
             return Err(Error::Index { index: start, len: self.len() });
         }
         self.batch(&(start..end).collect::<Vec<_>>())
+    }
+}
+
+/// Checks that indices are those of some of `len` samples.
+pub(crate) fn ensure_indices(indices: &[i64], len: i64) -> Result<()> {
+    ensure_in_range(indices, len)?;
+    if indices.is_empty() {
+        return Err(Invalid::new("indices", "empty", "at least one").into());
+    }
+    Ok(())
+}
+
+fn ensure_in_range(indices: &[i64], len: i64) -> Result<()> {
+    match indices.iter().find(|index| !(0..len).contains(*index)) {
+        Some(&index) => Err(Error::Index { index, len }),
+        None => Ok(()),
+    }
+}
+
+/// What is left of labelled samples without some of their classes.
+pub(crate) struct ClassesLeft {
+    /// The indices of the samples.
+    pub(crate) indices: Vec<i64>,
+    /// The new label of each class that is left, by its label; 0 for the others.
+    pub(crate) labels: Vec<i64>,
+    /// The names of the classes, by their new label.
+    pub(crate) names: Vec<String>,
+}
+
+impl ClassesLeft {
+    /// Leaves out the classes with the names `excluded`.
+    pub(crate) fn new(
+        labels: Option<&[i64]>,
+        class_names: &[String],
+        excluded: &[String],
+    ) -> Result<Self> {
+        let refuse = |value: String, expected: String| {
+            Err(Error::Invalid(Invalid::new("exclude_classes", value, expected)))
+        };
+        let Some(labels) = labels else {
+            return refuse("set".to_owned(), "no value: the data have no classes".to_owned());
+        };
+        if let Some(unknown) = excluded.iter().find(|name| !class_names.contains(name)) {
+            let expected = format!("names of the data's classes: {}", listed(class_names));
+            return refuse(format!("{unknown:?}"), expected);
+        }
+        let is_left = |label: i64| !excluded.contains(&class_names[label as usize]);
+        let indices: Vec<i64> =
+            (0..).zip(labels).filter(|(_, l)| is_left(**l)).map(|(i, _)| i).collect();
+        if indices.is_empty() {
+            return refuse(
+                listed(excluded),
+                format!("to leave samples: the data have the classes {}", listed(class_names)),
+            );
+        }
+        let left: Vec<i64> =
+            (0..class_names.len() as i64).filter(|label| is_left(*label)).collect();
+        let names = left.iter().map(|label| class_names[*label as usize].clone()).collect();
+        let mut labels = vec![0; class_names.len()];
+        for (new, old) in (0..).zip(left) {
+            labels[old as usize] = new;
+        }
+        Ok(Self { indices, labels, names })
     }
 }
 

@@ -24,6 +24,29 @@ pub(crate) fn read(path: &Path) -> Result<(Layout, Vec<u8>)> {
     Ok(oriented(layout, pixels, exif.as_deref().map_or(UPRIGHT, orientation)))
 }
 
+/// Whether the header of a JPEG states three components.
+pub(crate) fn is_colour(path: &Path) -> bool {
+    read_bounded(path, u64::MAX).is_ok_and(|bytes| num_components(&bytes) == Some(3))
+}
+
+/// The number of components in the frame header (B.2.2 of ITU-T T.81): marker, length, precision, height, width, number.
+fn num_components(bytes: &[u8]) -> Option<u8> {
+    let mut at = 2;
+    loop {
+        let marker = *bytes.get(at + 1)?;
+        let is_frame = (0xc0..=0xcf).contains(&marker) && ![0xc4, 0xc8, 0xcc].contains(&marker);
+        if is_frame {
+            return bytes.get(at + 9).copied();
+        }
+        // A fill byte before a marker; otherwise the length follows, without the marker.
+        at += if marker == 0xff {
+            1
+        } else {
+            2 + usize::from(u16::from_be_bytes([*bytes.get(at + 2)?, *bytes.get(at + 3)?]))
+        };
+    }
+}
+
 fn refused(path: &Path, error: JpegError, num_bytes: usize) -> Error {
     let path = path.to_owned();
     match error {

@@ -8,7 +8,7 @@
 //! | task | items | shapes |
 //! | --- | --- | --- |
 //! | images in memory | [`ImageDataset`], [`Batch`], [`flip_horizontally`] | `x0` `[batch, channels, height, width]`, -1 to 1; `labels` `[batch]` |
-//! | folders of PNG and JPEG files | [`read_image_folder`], [`read_image_folder_scaled`], [`read_cropped`] | `[n, channels, height, width]` |
+//! | folders of PNG and JPEG files | [`read_image_folder`], [`read_image_folder_scaled`], [`ImageFolder`] to read a part; [`read_cropped`] | `[n, channels, height, width]` |
 //! | images of any sizes, decoded in threads; features of them | [`ImageFiles`] | `[1, channels, height, width]` |
 //! | captions of images | [`read_captions`], [`CaptionedImage`] | |
 //! | prompts: text, JSON lines, tables, captions of COCO | [`read_prompts`], [`Prompt`], [`Captions`] | |
@@ -68,7 +68,7 @@ pub use encoded::{
 };
 pub use error::{Error, Result};
 pub use fashion_mnist::{FashionMnist, cache_folder, fashion_mnist_folders};
-pub use folder::{read_image_folder, read_image_folder_scaled};
+pub use folder::{ImageFolder, read_image_folder, read_image_folder_scaled};
 pub use idx::{read_idx_images, read_idx_labels};
 pub use image_files::ImageFiles;
 pub use images::{Batch, ImageDataset, flip_horizontally};

@@ -1,7 +1,7 @@
 use ddil_core::{RandomStreams, Stream};
 use ddil_data::{
-    BatchIndices, EncodedDataset, Error, FashionMnist, ImageDataset, ImageFiles, SampleChoice,
-    choose_samples, flip_horizontally, read_cropped, read_image_folder_scaled,
+    BatchIndices, EncodedDataset, Error, FashionMnist, ImageDataset, ImageFiles, ImageFolder,
+    SampleChoice, choose_samples, flip_horizontally, read_cropped, read_image_folder_scaled,
 };
 use ddil_metrics::RawPixels;
 use tch::{Device, Kind, Tensor};
@@ -16,12 +16,14 @@ fn ddil_data() {
     order(&mut cases);
     encoded(&mut cases);
     folders(&mut cases);
+    image_folders(&mut cases);
     image_files(&mut cases);
     cases.corrupted_in_inputs(&[
         "read_captions",
         "read_prompts",
         "read_cropped",
         "read_image_folder",
+        "ImageFolder::read",
         "ImageFiles::in_folder",
         "ImageFiles::for_each",
         "read_idx_images",
@@ -163,6 +165,32 @@ fn folders(cases: &mut Cases) {
             outcome(read_cropped(&path, side.min(64), [2, 2]))
         });
     }
+}
+
+/// Files before they are read.
+fn image_folders(cases: &mut Cases) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let bytes = image_bytes(png::ColorType::Grayscale, png::BitDepth::Eight, 9);
+    for class in ["0", "1"] {
+        std::fs::create_dir(folder.path().join(class)).expect("there is room");
+        std::fs::write(folder.path().join(class).join("a.png"), &bytes).expect("there is room");
+    }
+    for place in [folder.path(), "nul\0byte".as_ref(), "/dev/null".as_ref(), "".as_ref()] {
+        let what = place.display().to_string();
+        cases.once("ImageFolder::open", &what, || outcome(ImageFolder::open(place)));
+    }
+    let files = ImageFolder::open(folder.path()).expect("two images");
+    cases.integers("ImageFolder::select", |index| outcome(files.select(&[0, index])));
+    cases.once("ImageFolder::select", "nothing", || outcome(files.select(&[])));
+    for excluded in [&[][..], &["0"], &["0", "1"], &["", "\u{0}"]] {
+        let names: Vec<String> = excluded.iter().map(|name| (*name).to_owned()).collect();
+        cases.once("ImageFolder::without_classes", &format!("{names:?}"), || {
+            outcome(files.without_classes(&names))
+        });
+    }
+    cases.integers("ImageFolder::read_scaled", |threads| {
+        outcome(files.read_scaled([2, 2], threads as usize))
+    });
 }
 
 fn image_files(cases: &mut Cases) {

@@ -1,19 +1,54 @@
 //! A part of the samples, as the `data` table of a config describes it.
 
-use ddil_data::{ImageDataset, choose_samples};
+use ddil_data::{ImageDataset, ImageFolder, choose_samples};
 
 use crate::config::DataSection;
 use crate::error::{Error, Result};
 
-/// The images that a config leaves: without its excluded classes, and no more than its number of samples.
-pub(super) fn part_of(images: &ImageDataset, section: &DataSection) -> Result<ImageDataset> {
-    let images = match &section.exclude_classes[..] {
-        [] => images.shallow_clone(),
-        excluded => images.without_classes(excluded).map_err(under_data)?,
+/// Samples of which a part can be taken: read ones, and files that are not read yet.
+pub(super) trait Divisible: Sized {
+    fn num_samples(&self) -> i64;
+    fn without_classes(&self, names: &[String]) -> ddil_data::Result<Self>;
+    fn select(&self, indices: &[i64]) -> ddil_data::Result<Self>;
+}
+
+impl Divisible for ImageDataset {
+    fn num_samples(&self) -> i64 {
+        self.len()
+    }
+
+    fn without_classes(&self, names: &[String]) -> ddil_data::Result<Self> {
+        self.without_classes(names)
+    }
+
+    fn select(&self, indices: &[i64]) -> ddil_data::Result<Self> {
+        self.select(indices)
+    }
+}
+
+impl Divisible for ImageFolder {
+    fn num_samples(&self) -> i64 {
+        self.len()
+    }
+
+    fn without_classes(&self, names: &[String]) -> ddil_data::Result<Self> {
+        self.without_classes(names)
+    }
+
+    fn select(&self, indices: &[i64]) -> ddil_data::Result<Self> {
+        self.select(indices)
+    }
+}
+
+/// The samples that a config leaves: without its excluded classes, and no more than its number of samples.
+pub(super) fn part_of<S: Divisible>(samples: S, section: &DataSection) -> Result<S> {
+    let samples = match &section.exclude_classes[..] {
+        [] => samples,
+        excluded => samples.without_classes(excluded).map_err(under_data)?,
     };
-    match chosen(images.len(), section)? {
-        Some(chosen) => Ok(images.select(&chosen)?),
-        None => Ok(images),
+    match chosen(samples.num_samples(), section)? {
+        Some(chosen) => Ok(samples.select(&chosen)?),
+        None => Ok(samples),
     }
 }
 

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use ddil_data::{
     CaptionedImage, Captions, EncodedDataset, EncodedShape, FashionMnist, ImageDataset,
-    LatentScaling, Prompt, TruncatedPrompts, cache_folder, read_captions, read_image_folder,
-    read_image_folder_scaled, read_prompts,
+    ImageFolder, LatentScaling, Prompt, TruncatedPrompts, cache_folder, read_captions,
+    read_prompts,
 };
 use ddil_files::{Invalid, listed};
 use ddil_models::{
@@ -48,7 +48,7 @@ impl DataSource {
     ///
     /// An error for missing or damaged data, with the place; [`Error::Invalid`] for text data.
     pub(crate) fn of_pixels(section: &DataSection) -> Result<Self> {
-        Ok(Self::of_images(part_of(&read_images(section)?, section)?))
+        Ok(Self::of_images(UsedImages::choose(section)?.read(section)?))
     }
 
     fn of_images(images: ImageDataset) -> Self {
@@ -65,8 +65,10 @@ impl DataSource {
     pub(crate) fn find(section: &DataSection, teacher: &Pipeline) -> Result<Self> {
         let class = teacher.parts.class();
         if !class.is_text_to_image() {
-            let images = images_for(&read_images(section)?, section, teacher)?;
-            return Ok(Self::of_images(images));
+            let used = UsedImages::choose(section)?;
+            let given = given_classes(section, used.class_names())?;
+            let images = used.read(section)?;
+            return Ok(Self::of_images(labelled_for(images, given, teacher)?));
         }
         if !section.kind.is_text() {
             let expected =
@@ -177,6 +179,11 @@ impl DataSource {
     /// Channels, height and width of the network's samples.
     pub(crate) fn image_shape(&self) -> [i64; 3] {
         self.shape
+    }
+
+    /// Whether the samples are latents of images or prompts.
+    pub(crate) fn is_encoded(&self) -> bool {
+        !matches!(self.found, Found::Images(_))
     }
 
     /// Labels of the samples; none without labels.
@@ -300,7 +307,9 @@ fn encoding(
 pub fn read_images(section: &DataSection) -> Result<ImageDataset> {
     match (section.kind, &section.path) {
         (DataKind::FashionMnist, _) => Ok(read_fashion_mnist(section)?.train),
-        (DataKind::ImageFolder, Some(path)) => read_folder(path, section.size()),
+        (DataKind::ImageFolder, Some(path)) => {
+            read_folder(&ImageFolder::open(path)?, section.size())
+        }
         (DataKind::ImageFolder, None) => invalid("data.path", "not set", "a folder of images"),
         (kind, _) => {
             let expected = "fashion_mnist or image_folder: the model takes no text";
@@ -320,7 +329,15 @@ pub fn images_for(
     model: &Pipeline,
 ) -> Result<ImageDataset> {
     let given = given_classes(section, images.class_names())?;
-    let images = part_of(images, section)?;
+    labelled_for(part_of(images.shallow_clone(), section)?, given, model)
+}
+
+/// The images with the labels of a model; `given` is the model's class of each class of the data, by name.
+fn labelled_for(
+    images: ImageDataset,
+    given: Option<BTreeMap<String, String>>,
+    model: &Pipeline,
+) -> Result<ImageDataset> {
     let Some(classes) = TeacherClasses::of(model) else {
         let expected = "no value: the teacher has no classes";
         return if given.is_some() { invalid("data.classes", "set", expected) } else { Ok(images) };
@@ -345,9 +362,44 @@ pub fn read_fashion_mnist(section: &DataSection) -> Result<FashionMnist> {
     }
 }
 
-fn read_folder(path: &Path, size: Option<[i64; 2]>) -> Result<ImageDataset> {
+/// The part of pixel data that a config uses. Of a folder, the files are chosen before any is read.
+enum UsedImages {
+    /// All files, and those of the part.
+    Files { all: ImageFolder, part: ImageFolder },
+    /// All images.
+    Images(ImageDataset),
+}
+
+impl UsedImages {
+    fn choose(section: &DataSection) -> Result<Self> {
+        Ok(match (section.kind, &section.path) {
+            (DataKind::ImageFolder, Some(path)) => {
+                let all = ImageFolder::open(path)?;
+                Self::Files { part: part_of(all.clone(), section)?, all }
+            }
+            _ => Self::Images(read_images(section)?),
+        })
+    }
+
+    /// The classes of all the data, by label.
+    fn class_names(&self) -> &[String] {
+        match self {
+            Self::Files { all, .. } => all.class_names(),
+            Self::Images(images) => images.class_names(),
+        }
+    }
+
+    fn read(self, section: &DataSection) -> Result<ImageDataset> {
+        match self {
+            Self::Files { part, .. } => read_folder(&part, section.size()),
+            Self::Images(images) => part_of(images, section),
+        }
+    }
+}
+
+fn read_folder(files: &ImageFolder, size: Option<[i64; 2]>) -> Result<ImageDataset> {
     let Some(size) = size else {
-        return read_image_folder(path).map_err(|error| match error {
+        return files.read().map_err(|error| match error {
             ddil_data::Error::Differs { path, found, expected } => {
                 let value = format!("not set, and {} is {found}", path.display());
                 let expected = format!(
@@ -359,7 +411,7 @@ fn read_folder(path: &Path, size: Option<[i64; 2]>) -> Result<ImageDataset> {
         });
     };
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-    read_image_folder_scaled(path, size, threads).map_err(|error| of_resolution(error, size))
+    files.read_scaled(size, threads).map_err(|error| of_resolution(error, size))
 }
 
 /// An error of a size as one of the setting.
