@@ -97,6 +97,20 @@ fn every_problem_is_named_in_the_terms_of_the_file() {
 }
 
 #[test]
+fn a_choice_lists_its_names_whatever_the_value() {
+    #[derive(Debug, Serialize, Deserialize)]
+    struct Choice {
+        only: Spacing,
+    }
+    let defaults = Choice { only: Spacing::Leading };
+    for value in [json!(3), json!(null), json!("even"), json!(true)] {
+        let message = parse(&json!({"only": value})).over(&defaults).expect_err("no choice");
+        let expected = "expected one of `leading`, `linspace` or `trailing`";
+        assert_eq!(message.to_string(), format!("`only` is {value}; {expected}"));
+    }
+}
+
+#[test]
 fn a_class_is_one_of_those_known() {
     let class = |value| parse(&value).class(&["A", "B", "C"]).map_err(|error| error.to_string());
     assert_eq!(class(json!({"_class_name": "B"})), Ok("B"));

@@ -160,7 +160,7 @@ impl SavedState {
     /// Deserializes the metadata.
     pub(crate) fn metadata<M: DeserializeOwned>(&self, what: &'static str) -> Result<M> {
         M::deserialize(&self.metadata).map_err(|e| {
-            let problem = format!("metadata: {}", ddil_files::in_json_terms(&e));
+            let problem = format!("metadata: {}", ddil_files::in_json_terms(e));
             Error::Restore { what, problem }
         })
     }

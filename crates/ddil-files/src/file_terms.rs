@@ -22,7 +22,7 @@ use serde::de::Error as _;
 /// assert_eq!(error.to_string(), expected);
 /// ```
 pub fn parse_json<'a, T: Deserialize<'a>>(json: &'a [u8]) -> serde_json::Result<T> {
-    serde_json::from_slice(json).map_err(|error| in_json_terms(&error))
+    serde_json::from_slice(json).map_err(in_json_terms)
 }
 
 /// The same error in the terms of a file, for one that did not come from [`parse_json`].
@@ -31,18 +31,23 @@ pub fn parse_json<'a, T: Deserialize<'a>>(json: &'a [u8]) -> serde_json::Result<
 ///
 /// ```
 /// let error = serde_json::from_value::<Vec<u8>>(serde_json::json!([300])).unwrap_err();
-/// let error = ddil_files::in_json_terms(&error);
+/// let error = ddil_files::in_json_terms(error);
 /// assert_eq!(error.to_string(), "found 300; expected a whole number from 0 to 255");
 /// ```
-pub fn in_json_terms(error: &serde_json::Error) -> serde_json::Error {
+pub fn in_json_terms(error: serde_json::Error) -> serde_json::Error {
+    // The constructor recognises the place at the end of the text.
+    if error.is_data() { serde_json::Error::custom(json_text(&error)) } else { error }
+}
+
+/// The message of an error in the terms of a file, with its place.
+pub(crate) fn json_text(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let place = match error.line() {
         0 => String::new(),
         line => format!(" at line {line} column {}", error.column()),
     };
     let message = text.strip_suffix(&place).unwrap_or(&text);
-    // The parser of an error's text recognises the place, so that the new error has it too.
-    serde_json::Error::custom(format!("{}{place}", Refusal::of(message, OBJECT)))
+    format!("{}{place}", Refusal::of(message, OBJECT))
 }
 
 /// Keys with values, in JSON.

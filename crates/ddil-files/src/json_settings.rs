@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use crate::file_terms::{OBJECT, Refusal, alternatives, in_json_terms};
+use crate::file_terms::{OBJECT, Refusal, alternatives, json_text};
 use crate::{Error, Invalid, Result, parse_json, read_text_bounded};
 
 /// Size limit of a file: a published one has less than ten KiB, an explicit list of a thousand betas needs thirty.
@@ -127,10 +127,18 @@ impl JsonSettings {
         let defaults = Self::of(defaults).0;
         // Each alone, so that one invalid value does not hide the next.
         let problem = |(key, value): (&String, &Value)| {
-            let mut one = defaults.clone();
-            *one.get_mut(key)? = value.clone();
-            let error = serde_json::from_value::<T>(Value::Object(one)).err()?;
-            Some(Invalid::new(key, value, expected(&error.to_string(), value)))
+            let message_with = |value: Value| {
+                let mut one = defaults.clone();
+                *one.get_mut(key)? = value;
+                serde_json::from_value::<T>(Value::Object(one)).err().map(|e| e.to_string())
+            };
+            let message = message_with(value.clone())?;
+            // Serde lists the names of a choice only for a text.
+            let names = message_with(Value::String(String::new()));
+            let names = names.filter(|names| names.starts_with("unknown variant"));
+            let is_within = value.is_array() || value.is_object();
+            let message = names.filter(|_| !is_within).unwrap_or(message);
+            Some(Invalid::new(key, value, expected(&message, value)))
         };
         self.0.iter().filter_map(problem).collect()
     }
@@ -149,7 +157,7 @@ impl JsonSettings {
         }
         serde_json::from_value(Value::Object(settings)).map_err(|error| {
             let first = self.problems(defaults).into_iter().next();
-            let problem = || Invalid::new("settings", in_json_terms(&error), "values that agree");
+            let problem = || Invalid::new("settings", json_text(&error), "values that agree");
             first.unwrap_or_else(problem)
         })
     }

@@ -1,7 +1,7 @@
 use std::error::Error;
 use std::fmt;
 
-use crate::file_terms::in_json_terms;
+use crate::file_terms::json_text;
 
 /// Any error, displayed with its causes: the error type of a `main` function.
 ///
@@ -76,7 +76,7 @@ pub fn with_causes(error: &dyn Error) -> String {
 pub fn causes(error: &dyn Error) -> Vec<String> {
     let sources = std::iter::successors(error.source(), |&cause| cause.source());
     let in_terms = sources.clone().map(|cause| match cause.downcast_ref::<serde_json::Error>() {
-        Some(json) => in_json_terms(json).to_string(),
+        Some(json) => json_text(json),
         None => cause.to_string(),
     });
     let mut own: Vec<String> = std::iter::once(error.to_string()).chain(in_terms).collect();
