@@ -18,6 +18,9 @@ use crate::{Error, Result};
 const EXPECTED: &str =
     "expected a floating-point tensor [n, c, h, w] with c 1 or 3 and no empty dimension";
 
+/// The keyword of the text about an image, one of those that the PNG standard registers.
+const DESCRIPTION: &str = "Description";
+
 /// An 8-bit image, grey or RGB.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
@@ -164,6 +167,10 @@ impl Image {
     ///
     /// [`Error::Image`] if the encoder fails, for example for a side of more than 2³¹ pixels.
     pub fn to_png(&self) -> Result<Vec<u8>> {
+        self.encoded(None)
+    }
+
+    fn encoded(&self, description: Option<&str>) -> Result<Vec<u8>> {
         let mut content = Vec::new();
         let mut encoder = png::Encoder::new(&mut content, self.width, self.height);
         encoder.set_color(if self.channels == 1 {
@@ -172,8 +179,9 @@ impl Image {
             png::ColorType::Rgb
         });
         encoder.set_depth(png::BitDepth::Eight);
-        encoder
-            .write_header()
+        let text = description
+            .map_or(Ok(()), |text| encoder.add_itxt_chunk(DESCRIPTION.to_owned(), text.to_owned()));
+        text.and_then(|()| encoder.write_header())
             .and_then(|mut writer| {
                 writer.write_image_data(&self.pixels)?;
                 writer.finish()
@@ -189,6 +197,38 @@ impl Image {
     /// [`Error::Files`] if the file cannot be written, [`Error::Image`] as for [`to_png`](Self::to_png).
     pub fn save(&self, path: &Path) -> Result<()> {
         Ok(write_atomic(path, &self.to_png()?)?)
+    }
+
+    /// As [`save`](Self::save), with a text about the image in the file (keyword `Description` of the PNG standard).
+    ///
+    /// # Errors
+    ///
+    /// As [`save`](Self::save).
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// use ddil_pipelines::{Image, layout};
+    /// use tch::{Tensor, kind};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("grid.png");
+    /// let grid = Image::grid(&Tensor::zeros([2, 1, 4, 4], kind::FLOAT_CPU), layout(2))?;
+    /// grid.save_described(&path, "50 steps, guidance 3")?;
+    /// let text = Image::description_of(&std::fs::read(&path)?);
+    /// assert_eq!(text.as_deref(), Some("50 steps, guidance 3"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn save_described(&self, path: &Path, description: &str) -> Result<()> {
+        Ok(write_atomic(path, &self.encoded(Some(description))?)?)
+    }
+
+    /// The text in a PNG file that [`save_described`](Self::save_described) wrote; `None` for any other content.
+    pub fn description_of(png: &[u8]) -> Option<String> {
+        let reader = png::Decoder::new(std::io::Cursor::new(png)).read_info().ok()?;
+        let texts = reader.info().utf8_text.iter();
+        let text = texts.into_iter().find(|text| text.keyword == DESCRIPTION)?;
+        text.get_text().ok()
     }
 }
 

@@ -139,7 +139,8 @@ impl DataKind {
 pub struct OutputSection {
     /// Updates between two lines of metrics; default 10.
     pub log_interval: u64,
-    /// Updates between two sample grids; 0 writes only the last. Default 1000.
+    /// Updates between two sample grids; 0 writes only the last. Default 1000. A distillation with a number above 0 also
+    /// draws a grid of its teacher, once.
     pub sample_interval: u64,
     /// Updates between two checkpoints; default 500.
     pub checkpoint_interval: u64,

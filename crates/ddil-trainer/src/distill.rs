@@ -9,6 +9,7 @@ mod prompts;
 mod roles;
 mod spilling;
 mod stage;
+mod teacher_plan;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,7 @@ use self::prompted::Prompted;
 use self::prompts::{PromptPlan, TrajectoryPrompts};
 use self::roles::Roles;
 use self::stage::Stage;
+use self::teacher_plan::TeacherPlan;
 use crate::checkpoint::{Checkpoint, CheckpointWriter};
 use crate::config::{DistillConfig, LoraExport, PromptSource};
 use crate::data::{DataSource, TrainingData};
@@ -64,6 +66,8 @@ pub struct DistillTask {
     /// Text conditioning of a text-to-image model.
     prompted: Option<Prompted>,
     guide: Guidance,
+    /// How the teacher of the first stage is sampled for a grid.
+    teacher_plan: TeacherPlan,
     roles: Roles,
     stage: Stage,
     meters: Meters,
@@ -87,8 +91,10 @@ struct Pending {
     losses: Option<Tensor>,
 }
 
-/// Latents per call of a network when a grid is sampled; each latent pixel is decoded to many pixels.
-const LATENTS_AT_ONCE: u32 = 4;
+/// Samples per call of a network when a grid is sampled; each pixel of a latent is decoded to many pixels.
+fn samples_at_once(are_latents: bool) -> u32 {
+    if are_latents { 4 } else { 100 }
+}
 
 const TEACHER: &str = "teacher.safetensors";
 const TARGET: &str = "target.safetensors";
@@ -131,6 +137,7 @@ struct Prepared {
     num_labels: Option<u32>,
     card: Card,
     parts: PipelineParts,
+    teacher_plan: TeacherPlan,
     roles: Roles,
     stage: Stage,
 }
@@ -155,9 +162,12 @@ impl Prepared {
         // Grids, and `ddil sample` of the student, require a name for each class.
         let class_names =
             TeacherClasses::of(&teacher).map_or_else(Vec::new, |own| own.card_names());
-        let Pipeline { network: teacher, card, parts, .. } = teacher;
         // A latent U-Net accepts other sizes than its training size.
-        let card = Card { image_shape: data.image_shape(), class_names, ..card };
+        let card = Card { image_shape: data.image_shape(), class_names, ..teacher.card.clone() };
+        let student = student_card(&config, &card);
+        let batch_size = samples_at_once(data.is_encoded());
+        let teacher_plan = TeacherPlan::new(&teacher, &config, &student, batch_size)?;
+        let Pipeline { network: teacher, parts, .. } = teacher;
         let requirements = stage.objective.requirements();
         let roster = Roster::first(&config, requirements, teacher.config(), card.image_shape)?;
         let roles = Roles::new(&roster, teacher, config.run.seed)?;
@@ -170,6 +180,7 @@ impl Prepared {
             num_labels,
             card,
             parts,
+            teacher_plan,
             roles,
             stage,
         };
@@ -180,7 +191,9 @@ impl Prepared {
 
     /// Opens the data, which are encoded first if necessary.
     fn open(self, interrupt: &Interrupt) -> Result<DistillTask> {
-        let Self { config, placement, schedule, data, card, parts, roles, stage, .. } = self;
+        let Self {
+            config, placement, schedule, data, card, parts, teacher_plan, roles, stage, ..
+        } = self;
         let (seed, device) = (config.run.seed, placement.device);
         let encoders = (&parts, placement);
         let data = data.open(&config.data, seed, device, Some(encoders), interrupt)?;
@@ -206,6 +219,7 @@ impl Prepared {
             parts,
             prompted,
             guide,
+            teacher_plan,
             roles,
             stage,
             meters,
@@ -434,7 +448,7 @@ impl DistillTask {
             solver: None,
             thresholding: self.thresholding(self.config.thresholding_places.inference),
             timesteps: Some(self.stage.sampling.as_slice().to_vec()),
-            batch_size: if self.prompted.is_some() { LATENTS_AT_ONCE } else { 100 },
+            batch_size: samples_at_once(self.prompted.is_some()),
             seed: self.config.run.seed,
         }
     }
@@ -463,26 +477,51 @@ impl DistillTask {
     }
 
     fn student_card(&self) -> Card {
-        let (guidance_scale, guidance_range) = match self.config.teacher.guidance {
-            TeacherGuidance::Cfg { scale } => (Some(scale), None),
-            TeacherGuidance::BakedIn => (self.card.guidance_scale, None),
-            // Without the guidance weight as an input, an adapter has learned the average over the range.
-            TeacherGuidance::CfgRange { min, max } if self.config.student.lora.is_some() => {
-                (Some(1.0 + f64::midpoint(min, max)), None)
-            }
-            TeacherGuidance::Embedded { min, max } | TeacherGuidance::CfgRange { min, max } => {
-                (None, Some([1.0 + min, 1.0 + max]))
-            }
+        student_card(&self.config, &self.card)
+    }
+
+    /// A grid of a network's samples.
+    fn grid(
+        &self,
+        network: &NetworkDenoiser,
+        plan: &SamplePlan,
+        card: &Card,
+        guide: &Guidance,
+    ) -> Result<Image> {
+        let (per_class, shape) = (self.config.output.samples_per_class, self.data.image_shape());
+        let Some(prompted) = &self.prompted else {
+            return Ok(grid_of_classes(network, plan, card, shape, per_class, self.device())?);
         };
-        Card {
-            method: self.config.objective.as_str().to_owned(),
-            guidance_scale,
-            guidance_range,
-            priors: Some(self.config.mixing.priors.at(1.0)),
-            adapter: None,
-            seed: self.config.run.seed,
-            ..self.card.clone()
+        let vae = self.parts.autoencoder(network.placement())?;
+        let decode = |latents: &Tensor| {
+            let _no_grad = tch::no_grad_guard();
+            Ok(vae.decode_scaled(latents)?)
+        };
+        Ok(grid_of_prompts(network, plan, guide, &prompted.shown, per_class, shape, decode)?)
+    }
+}
+
+/// The card of the student of a teacher with that card.
+fn student_card(config: &DistillConfig, teacher: &Card) -> Card {
+    let (guidance_scale, guidance_range) = match config.teacher.guidance {
+        TeacherGuidance::Cfg { scale } => (Some(scale), None),
+        TeacherGuidance::BakedIn => (teacher.guidance_scale, None),
+        // Without the guidance weight as an input, an adapter has learned the average over the range.
+        TeacherGuidance::CfgRange { min, max } if config.student.lora.is_some() => {
+            (Some(1.0 + f64::midpoint(min, max)), None)
         }
+        TeacherGuidance::Embedded { min, max } | TeacherGuidance::CfgRange { min, max } => {
+            (None, Some([1.0 + min, 1.0 + max]))
+        }
+    };
+    Card {
+        method: config.objective.as_str().to_owned(),
+        guidance_scale,
+        guidance_range,
+        priors: Some(config.mixing.priors.at(1.0)),
+        adapter: None,
+        seed: config.run.seed,
+        ..teacher.clone()
     }
 }
 
@@ -635,19 +674,19 @@ impl Task for DistillTask {
     }
 
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Image> {
-        let (card, device) = (self.student_card(), self.device());
-        let (per_class, shape) = (self.config.output.samples_per_class, self.data.image_shape());
+        let card = self.student_card();
         let (student, plan) = (self.roles.averaged(average)?, self.sample_plan(&card));
-        let Some(prompted) = &self.prompted else {
-            return Ok(grid_of_classes(student, &plan, &card, shape, per_class, device)?);
-        };
-        let guide = guide(&card, Some(prompted));
-        let vae = self.parts.autoencoder(student.placement())?;
-        let decode = |latents: &Tensor| {
-            let _no_grad = tch::no_grad_guard();
-            Ok(vae.decode_scaled(latents)?)
-        };
-        Ok(grid_of_prompts(student, &plan, &guide, &prompted.shown, per_class, shape, decode)?)
+        self.grid(student, &plan, &card, &guide(&card, self.prompted.as_ref()))
+    }
+
+    fn teacher_samples(&mut self) -> Result<Option<(Image, String)>> {
+        // The teacher of a later stage is a student.
+        if self.stage.index > 0 {
+            return Ok(None);
+        }
+        let TeacherPlan { plan, .. } = &self.teacher_plan;
+        let image = self.grid(&self.roles.teacher, plan, &self.card, &self.guide)?;
+        Ok(Some((image, self.teacher_plan.description())))
     }
 
     fn evaluate(

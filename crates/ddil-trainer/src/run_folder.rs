@@ -196,6 +196,11 @@ impl RunFolder {
         self.path.join("samples").join(format!("step_{step:07}.png"))
     }
 
+    /// Path of the teacher's sample grid: `samples/teacher.png`.
+    pub fn teacher_samples(&self) -> PathBuf {
+        self.path.join("samples").join("teacher.png")
+    }
+
     /// The settings that the run was started with.
     ///
     /// # Errors

@@ -107,6 +107,16 @@ pub trait Task {
     /// Errors of the network.
     fn samples(&mut self, average: &[(String, Tensor)]) -> Result<Image>;
 
+    /// An image grid of the teacher's samples, from the same noise as [`samples`](Self::samples), and a description; `None`
+    /// if there is no teacher, the default. Must not change anything that the next update depends on.
+    ///
+    /// # Errors
+    ///
+    /// Errors of the network.
+    fn teacher_samples(&mut self) -> Result<Option<(Image, String)>> {
+        Ok(None)
+    }
+
     /// Evaluates the averaged network; `None` if `interrupt` requested a stop. Must not change anything that the next
     /// update depends on.
     ///
@@ -603,6 +613,10 @@ impl<T: Task> Session<T> {
             image.save(&self.folder.samples_of(step))?;
             self.events.image(step, "samples", &image)?;
         }
+        // The next stage has another teacher.
+        if due(sample_interval) || step.is_multiple_of(self.task.updates_per_stage()) {
+            self.draw_teacher(progress)?;
+        }
         let best = evaluated.and_then(|scores| self.improvement(&scores));
         self.best = best.or(self.best);
         if due(checkpoint_interval) || best.is_some() {
@@ -610,6 +624,18 @@ impl<T: Task> Session<T> {
             self.save()?;
         }
         best.map_or(Ok(()), |best| self.place_best(best))
+    }
+
+    /// Draws the teacher's samples, once in a run with a grid of samples more than once.
+    fn draw_teacher(&mut self, progress: &mut Progress) -> Result<()> {
+        let OutputSection { sample_interval, samples_per_class, .. } = self.config.output;
+        let path = self.folder.teacher_samples();
+        if sample_interval == 0 || samples_per_class == 0 || path.exists() {
+            return Ok(());
+        }
+        progress.set_activity("drawing the teacher's samples");
+        let Some((image, description)) = self.task.teacher_samples()? else { return Ok(()) };
+        Ok(image.save_described(&path, &description)?)
     }
 
     /// The evaluation of the last update, if checkpoints are kept by it and it is better than all before it.

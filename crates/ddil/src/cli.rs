@@ -474,10 +474,10 @@ pub(crate) struct ReportArgs {
 const REPORT_HELP: &str = "\
 The report is one HTML file that needs no network and no server: open it in a browser. `ddil train`, `ddil distill` and \
 `ddil compare` write it at their end. While a run is in progress, the page reloads itself every 10 seconds, and --watch \
-renews it. A grid of the teacher's samples is shown beside the student's if it is in the run folder as \
-samples/teacher.png:
+renews it. The teacher's grid beside the student's is samples/teacher.png of the run folder. A distillation with \
+output.sample_interval above 0 draws it; for another run, or to draw it again:
 
-  ddil sample TEACHER --output RUN/samples/teacher.png";
+  ddil sample TEACHER --force --output RUN/samples/teacher.png";
 
 /// Arguments of `ddil runs`.
 #[derive(Debug, Args)]

@@ -86,6 +86,13 @@ fn image_cases(cases: &mut Cases) {
     for place in [folder.path().to_owned(), "nul\0byte".into(), folder.path().join("no/folder")] {
         let what = place.display().to_string();
         cases.once("Image::save", &what, || outcome(picture.save(&place)));
+        cases.once("Image::description_of", &what, || {
+            assert_eq!(Image::description_of(what.as_bytes()), None);
+            Ok(())
+        });
+        cases.once("Image::save_described", &what, || {
+            outcome(picture.save_described(&place, "\u{0}\u{fffd}, a text"))
+        });
     }
     cases.integers("layout", |columns| {
         let _ = layout(columns as u32);

@@ -12,7 +12,7 @@ use crate::data::{TrainingData, sampled_time_ids};
 use crate::error::Result;
 
 /// Number of prompts of a grid if the config has none.
-const SHOWN: usize = 4;
+pub(super) const SHOWN: usize = 4;
 
 /// The conditioning for guidance and for grids, on the networks' device.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ pub(super) struct Samples {
     /// In order of their steps.
     frames: Vec<Frame>,
     /// A grid of the teacher, if the folder has one.
-    teacher: Option<String>,
+    teacher: Option<TeacherGrid>,
     /// Number of grids that were left out.
     num_left_out: usize,
 }
@@ -28,6 +28,14 @@ struct Frame {
     step: u64,
     /// The image itself, as an address.
     src: String,
+}
+
+/// A grid of the teacher's samples.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct TeacherGrid {
+    src: String,
+    /// How it was drawn, if the file states it.
+    caption: Option<String>,
 }
 
 /// A grid of the teacher's samples among those of a run.
@@ -58,7 +66,13 @@ impl Samples {
         };
         let frames = kept.iter().map(frame).collect::<Result<Vec<_>>>()?;
         let teacher = folder.join(TEACHER);
-        let teacher = (teacher.is_file() && fits(&teacher)).then(|| address(&teacher));
+        let teacher = (teacher.is_file() && fits(&teacher)).then(|| {
+            let png = content(&teacher)?;
+            Ok::<_, Error>(TeacherGrid {
+                src: png_address(&png),
+                caption: Image::description_of(&png),
+            })
+        });
         Ok(Self { num_left_out: found.len() - frames.len(), frames, teacher: teacher.transpose()? })
     }
 }
@@ -89,7 +103,11 @@ fn evenly(count: usize, most: usize) -> Vec<usize> {
 }
 
 fn address(path: &Path) -> Result<String> {
-    Ok(png_address(&read_bounded(path, MAX_BYTES).map_err(Error::io("read", path))?))
+    Ok(png_address(&content(path)?))
+}
+
+fn content(path: &Path) -> Result<Vec<u8>> {
+    read_bounded(path, MAX_BYTES).map_err(Error::io("read", path))
 }
 
 /// The maximum side of an image in a strip, in pixels.

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::support::{
     Ended, TestResult, Workshop, arguments, copy_folder, json, num_lines, status,
 };
+use crate::text_teacher::Family;
 
 /// A comparison of two arms with two seeds, in seconds.
 const MATRIX: &str = r#"name = "tiny"
@@ -138,18 +139,92 @@ fn a_run_ends_with_a_report_of_its_last_figures() -> TestResult {
     assert!(page.contains("checkpoints/step_0000012") && page.contains("id=\"frame\""));
     assert!(page.len() < 2_000_000, "{}", page.len());
 
-    // Written again, elsewhere, with the teacher.
+    let caption = "Teacher, 10 steps of the usual 50, to bound the time, guidance 2<";
+    assert!(page.contains(caption) && page.contains("Samples of the teacher"));
+
+    // Written again, elsewhere, with another grid of the teacher.
     let grid = run.join("samples/step_0000004.png");
     fs::copy(grid, run.join("samples/teacher.png"))?;
     let elsewhere = workshop.path("elsewhere.html");
     let path = run.to_str().ok_or("UTF-8")?;
     let ended = workshop.ddil(&["report", path, "-o", "elsewhere.html"]).succeeded();
     assert_eq!(ended.stdout, "elsewhere.html\n");
-    assert!(fs::read_to_string(&elsewhere)?.contains("Samples of the teacher"));
-    assert!(!page.contains("Samples of the teacher"));
+    let again = fs::read_to_string(&elsewhere)?;
+    assert!(again.contains("Samples of the teacher") && again.contains("<figcaption>Teacher<"));
 
     let trained = workshop.complete("train", "teacher", &[]);
     assert!(self::page(&trained).contains("Trains a diffusion model on"));
+    Ok(())
+}
+
+/// The levels of a PNG file.
+fn levels(path: &Path) -> Vec<u8> {
+    let file = fs::File::open(path).expect("the grid was written");
+    let mut reader = png::Decoder::new(std::io::BufReader::new(file)).read_info().expect("a PNG");
+    let mut levels = vec![0; reader.output_buffer_size().expect("it is small")];
+    reader.next_frame(&mut levels).expect("it is complete");
+    levels
+}
+
+#[test]
+fn the_teacher_is_drawn_once_and_changes_nothing() -> TestResult {
+    let (workshop, run) = with_run();
+    let teacher = run.join("samples/teacher.png");
+    // The same as by hand: guidance and thresholding are those of the run.
+    let by_hand = "sample teacher --steps 10 --guidance-scale 2 --seed 3 -n 3 --output by-hand.png";
+    workshop.ddil(&by_hand.split(' ').collect::<Vec<_>>()).succeeded();
+    assert_eq!(levels(&teacher), levels(&workshop.path("by-hand.png")));
+
+    // Metrics, checkpoints, the model and the student's grids are those of a run without it.
+    let none = ["output.sample_interval=4", "output.log_interval=1", "output.samples_per_class=0"];
+    let without = workshop.complete("distill", "without", &none);
+    assert!(!without.join("samples/teacher.png").exists());
+    let only_last = workshop.complete("distill", "last", &["output.log_interval=1"]);
+    assert!(!only_last.join("samples/teacher.png").exists());
+    for other in [&without, &only_last] {
+        for file in ["metrics.jsonl", "export/unet/diffusion_pytorch_model.safetensors"] {
+            assert_eq!(fs::read(run.join(file))?, fs::read(other.join(file))?, "{file}");
+        }
+        let last = "samples/step_0000012.png";
+        assert_eq!(fs::read(run.join(last))?, fs::read(other.join(last))?);
+    }
+
+    // A run that goes on draws it if it is missing, and leaves one that is there.
+    for (name, kept) in [("missing", None), ("kept", Some(&b"mine"[..]))] {
+        let rewound = workshop.rewound(&run, name, 6);
+        let own = rewound.join("samples/teacher.png");
+        match kept {
+            Some(bytes) => fs::write(&own, bytes)?,
+            None => fs::remove_file(&own)?,
+        }
+        let path = rewound.to_str().ok_or("UTF-8")?;
+        workshop.ddil(&["distill", "--resume", path]).succeeded();
+        let expected = kept.map_or_else(|| fs::read(&teacher), |bytes| Ok(bytes.to_vec()))?;
+        assert!(fs::read(&own)? == expected, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_teacher_of_several_stages_is_the_first() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let stages = ["student.stages=[4, 2]", "output.sample_interval=20"];
+    let run = workshop.complete("distill", "stages", &stages);
+    let by_hand = "sample teacher --steps 10 --guidance-scale 2 --seed 3 -n 3 --output by-hand.png";
+    workshop.ddil(&by_hand.split(' ').collect::<Vec<_>>()).succeeded();
+    assert_eq!(levels(&run.join("samples/teacher.png")), levels(&workshop.path("by-hand.png")));
+    Ok(())
+}
+
+#[test]
+fn a_text_teacher_is_drawn_for_the_prompts_of_the_grids() -> TestResult {
+    let workshop = Workshop::of_text(Family::StableDiffusion);
+    let settings = ["output.sample_interval=2", "output.prompts=[\"a red cat\", \"a dog\"]"];
+    let run = workshop.complete("distill", "drawn", &settings);
+    let (teacher, student) =
+        (levels(&run.join("samples/teacher.png")), levels(&run.join("samples/step_0000002.png")));
+    assert!(teacher.len() == student.len() && teacher != student);
+    assert!(page(&run).contains("guidance 3<"));
     Ok(())
 }
 

@@ -1,0 +1,90 @@
+//! How the teacher is sampled for a grid beside the student's.
+
+use ddil_losses::TeacherGuidance;
+use ddil_pipelines::{Card, Pipeline, SamplePlan, with_published_solver, with_published_timesteps};
+use ddil_schedulers::Thresholding;
+
+use super::prompted;
+use crate::config::DistillConfig;
+use crate::error::Result;
+
+/// The fewest steps to which the teacher's own number is reduced.
+const MIN_STEPS: u32 = 10;
+/// The samples of all updates per evaluation of a sample in the grid. An update evaluates student and teacher about six
+/// times per sample, counting a backward pass as two; a step of a guided teacher is two evaluations.
+const UPDATES_PER_STEP: u64 = 4;
+
+/// The settings with which a teacher is sampled once in a run.
+#[derive(Debug)]
+pub(super) struct TeacherPlan {
+    pub(super) plan: SamplePlan,
+    /// The steps that `ddil sample` takes by default.
+    full_steps: u32,
+}
+
+impl TeacherPlan {
+    /// The steps and the sampler with which `ddil sample` samples this teacher by default, with the guidance and the
+    /// thresholding of the distillation, and the noise of the student's grids.
+    ///
+    /// Fewer steps, but not below 10, for a run that is short compared with the grid: otherwise the grid could take longer
+    /// than the updates.
+    pub(super) fn new(
+        teacher: &Pipeline,
+        config: &DistillConfig,
+        student: &Card,
+        batch_size: u32,
+    ) -> Result<Self> {
+        let full_steps = plan_of(teacher, None)?.steps;
+        let samples = num_samples(config, student);
+        let of_updates = config.total_updates().saturating_mul(config.data.batch_size.into());
+        let most = (of_updates / (UPDATES_PER_STEP * samples)).min(u32::MAX.into()) as u32;
+        let steps = full_steps.min(most.max(MIN_STEPS));
+        let own = plan_of(teacher, (steps < full_steps).then_some(steps))?;
+        let guidance_scale = match config.teacher.guidance {
+            TeacherGuidance::Cfg { scale } => scale,
+            TeacherGuidance::BakedIn => teacher.card.default_guidance_scale(),
+            // That of the student's grids.
+            TeacherGuidance::CfgRange { .. } | TeacherGuidance::Embedded { .. } => {
+                student.default_guidance_scale()
+            }
+        };
+        let on = config.thresholding_places.teacher;
+        let thresholding = if on { config.thresholding.clone() } else { Thresholding::None };
+        let seed = config.run.seed;
+        // A guided teacher evaluates two rows per sample.
+        let batch_size = (batch_size / 2).max(1);
+        let plan = SamplePlan { guidance_scale, thresholding, batch_size, seed, ..own };
+        Ok(Self { plan, full_steps })
+    }
+
+    /// How the grid was drawn, for its caption.
+    pub(super) fn description(&self) -> String {
+        let SamplePlan { steps, guidance_scale, .. } = self.plan;
+        let of = match self.full_steps {
+            full if full > steps => format!(" of the usual {full}, to bound the time"),
+            _ => String::new(),
+        };
+        format!("{steps} steps{of}, guidance {guidance_scale}")
+    }
+}
+
+fn plan_of(teacher: &Pipeline, steps: Option<u32>) -> Result<SamplePlan> {
+    let plan = with_published_solver(teacher, SamplePlan::of(teacher, steps))?;
+    if teacher.parts.class().is_text_to_image() {
+        return Ok(with_published_timesteps(teacher, plan)?);
+    }
+    Ok(plan)
+}
+
+/// The number of samples of a grid.
+fn num_samples(config: &DistillConfig, card: &Card) -> u64 {
+    const WITHOUT_CLASSES: usize = 8;
+    let rows =
+        match (config.data.kind.is_text(), config.output.prompts.len(), card.class_names.len()) {
+            (true, 0, _) => prompted::SHOWN,
+            (true, prompts, _) => prompts,
+            (false, _, 0) => WITHOUT_CLASSES,
+            (false, _, classes) => classes,
+        };
+    rows as u64 * u64::from(config.output.samples_per_class.max(1))
+}
