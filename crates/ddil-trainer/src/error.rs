@@ -63,6 +63,18 @@ pub enum Error {
         /// The kind that was requested.
         expected: String,
     },
+    /// A run has no checkpoint of that name.
+    #[error(
+        "{} does not exist; the run has {} (`best` requires `output.checkpoints.keep_best`)",
+        path.display(),
+        ddil_files::listed(known)
+    )]
+    NoSuchCheckpoint {
+        /// The path that was given.
+        path: PathBuf,
+        /// The names of the checkpoints that exist; at least one.
+        known: Vec<String>,
+    },
     /// A checkpoint is not in the folder of a run.
     #[error(
         "{} is a checkpoint outside of the folder of its run, whose `config.toml` and `export` its model requires; expected \

@@ -1,11 +1,11 @@
 //! Checkpoints by the paths that people use.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::read::{Checkpoint, newest_intact};
+use super::read::{Checkpoint, list, newest_intact};
 use super::retention::best_of;
 use super::{BEST, CHECKPOINTS, LATEST, MANIFEST, folder_of, step_of};
-use crate::Result;
+use crate::{Error, Result};
 
 /// The checkpoint that a path names, with all bytes verified: its folder; a run's folder `checkpoints`, or the file
 /// `latest` in it, for the newest without damage; the file `best` in it for the best. None if the path names no
@@ -13,8 +13,8 @@ use crate::Result;
 ///
 /// # Errors
 ///
-/// [`Error::DamagedCheckpoint`](crate::Error::DamagedCheckpoint) if it differs from what was written, and those of
-/// [`newest_intact`].
+/// [`Error::DamagedCheckpoint`] if it differs from what was written, [`Error::NoSuchCheckpoint`] if the path is one beside
+/// others and does not exist, and those of [`newest_intact`].
 pub fn find(path: &Path) -> Result<Option<Checkpoint>> {
     if path.join(MANIFEST).is_file() || (step_of(path).is_some() && path.is_dir()) {
         return Checkpoint::open(path).map(Some);
@@ -22,10 +22,19 @@ pub fn find(path: &Path) -> Result<Option<Checkpoint>> {
     let ends_with = |path: &Path, name: &str| path.file_name().is_some_and(|own| own == name);
     let folder = path.parent().filter(|folder| ends_with(folder, CHECKPOINTS) && folder.is_dir());
     match folder {
-        Some(folder) if ends_with(path, BEST) => {
+        Some(folder) if ends_with(path, BEST) && path.is_file() => {
             best_of(folder).map(|step| Checkpoint::open(&folder_of(folder, step))).transpose()
         }
         Some(folder) if ends_with(path, LATEST) => newest_intact(folder),
+        Some(folder) if !path.exists() => {
+            let name = |path: &PathBuf| Some(path.file_name()?.to_string_lossy().into_owned());
+            let known: Vec<String> = list(folder)?.iter().filter_map(name).collect();
+            // Another folder of that name, or a run that has none.
+            if known.is_empty() {
+                return Ok(None);
+            }
+            Err(Error::NoSuchCheckpoint { path: path.to_owned(), known })
+        }
         _ if ends_with(path, CHECKPOINTS) => newest_intact(path),
         _ => Ok(None),
     }

@@ -168,6 +168,11 @@ fn a_checkpoint_that_cannot_be_a_model_is_refused() -> TestResult {
         let measure = ["evaluate", &subject, "--extractor", "raw_pixels", "-n", "20"];
         workshop.ddil(&measure).refused(words);
     };
+    // Another name.
+    for name in ["step_0000005", "best"] {
+        let path = whole.join("checkpoints").join(name);
+        both(&path, &[name, "does not exist", "step_0000009, step_0000012", "keep_best"]);
+    }
     // Somewhere else.
     copy_folder(last, &workshop.path("step_0000012"));
     both(&workshop.path("step_0000012"), &["step_0000012", "outside of the folder of its run"]);
