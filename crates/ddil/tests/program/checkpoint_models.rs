@@ -157,6 +157,32 @@ fn a_checkpoint_is_evaluated_as_its_export() {
     assert_eq!(rows(&whole.join("checkpoints/best")), middle);
 }
 
+/// Features that a stopped measurement left are those of its checkpoint, and not of another one of the run.
+#[cfg(unix)]
+#[test]
+fn features_of_another_checkpoint_are_not_used() {
+    let workshop = Workshop::with_teacher();
+    let whole = workshop.complete("distill", "whole", &[]);
+    let [first, second] = [3, 6].map(|step| checkpoints(&whole)[&step].display().to_string());
+    let with = |subject: &'static str| {
+        let fixed = ["evaluate", subject, "-n", "2000", "--batch-size", "30", "--threads", "1"];
+        [&fixed[..], &["--extractor", "raw_pixels", "--features", "features"]].concat()
+    };
+    let [first, second] = [first, second].map(|path| with(path.leak()));
+    let has_features = || {
+        let folders = fs::read_dir(workshop.path("features")).into_iter().flatten().flatten();
+        let mut files = folders.map(|entry| entry.path().join("features.f32"));
+        files.any(|path| fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0))
+    };
+    let mut running = workshop.start(&first);
+    assert!(running.wait_until(has_features), "it was too fast");
+    assert_eq!(running.signal("INT").code, Some(75));
+    let again = |arguments: &[&str]| {
+        workshop.ddil(arguments).succeeded().stderr.contains("are there already")
+    };
+    assert!(!again(&second) && again(&first));
+}
+
 #[test]
 fn a_checkpoint_that_cannot_be_a_model_is_refused() -> TestResult {
     let workshop = Workshop::with_teacher();
