@@ -271,7 +271,14 @@ enum Choice {
 #[expect(dead_code, reason = "only errors are of interest")]
 enum Tagged {
     Plain,
-    Deep { rate: f64, choice: Option<Choice>, warmup: Option<Warmup>, sizes: Option<Vec<u32>> },
+    Deep {
+        rate: f64,
+        choice: Option<Choice>,
+        warmup: Option<Warmup>,
+        sizes: Option<Vec<u32>>,
+        low: Option<Either>,
+        high: Option<Either>,
+    },
 }
 
 #[derive(Debug, Deserialize)]
@@ -397,6 +404,14 @@ fn each_kind_of_value_has_a_term() {
             "`tagged` contains \"x\"; expected one of `first`, `second` or `third`".to_owned(),
         ),
         ("tagged={kind='deep'}", "`tagged`: missing key `rate`".to_owned()),
+        (
+            "tagged={kind='deep', rate=1, low=2, high='x'}",
+            "`tagged.high` is \"x\"; expected a number, or a list with one per channel".to_owned(),
+        ),
+        (
+            "tagged={kind='deep', rate=1, low={}, high=[2]}",
+            "`tagged.low` is a table; expected a number, or a list with one per channel".to_owned(),
+        ),
         (
             "either='a'",
             "`either` is \"a\"; expected a number, or a list with one per channel".to_owned(),

@@ -80,11 +80,12 @@ pub fn causes(error: &dyn Error) -> Vec<String> {
         None => cause.to_string(),
     });
     let mut own: Vec<String> = std::iter::once(error.to_string()).chain(in_terms).collect();
-    for (index, cause) in sources.map(ToString::to_string).enumerate() {
-        if own[index] == cause {
-            own[index].clear();
-        } else if let Some(text) = own[index].strip_suffix(&format!(": {cause}")) {
-            own[index] = text.to_owned();
+    for (text, cause) in own.iter_mut().zip(sources.map(ToString::to_string)) {
+        let repeated = format!(": {cause}");
+        if *text == cause {
+            text.clear();
+        } else if text.ends_with(&repeated) {
+            text.truncate(text.len() - repeated.len());
         }
     }
     own.retain(|text| !text.is_empty());

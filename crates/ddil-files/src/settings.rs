@@ -162,7 +162,7 @@ impl Settings {
         retry: Retry<'_>,
     ) -> (Vec<String>, String) {
         let Some(key) = self.key_of_value(&problem, found.as_deref(), retry) else {
-            let (key, found) = (problem.key, found.unwrap_or_default());
+            let (key, found) = (problem.key, found.unwrap_or_else(|| "another value".to_owned()));
             let message = format!("`{}` contains {found}; expected {expected}", key.join("."));
             return (key, message);
         };
@@ -194,8 +194,29 @@ impl Settings {
         if is_found(value) && !is_buffered {
             return Some(key.clone());
         }
-        let below = self.path_below(key, |_, value| is_found(value))?;
+        let below = match found {
+            Some(_) => self.path_below(key, |_, value| is_found(value))?,
+            None => self.path_to_problem(problem, retry)?,
+        };
         Some([key.as_slice(), &below].concat())
+    }
+
+    /// The path below the key of a problem to the value that it is about, for a message that does not state the value.
+    ///
+    /// Another value of a wrong type does not change the message, one of the right type does. A value that is read before
+    /// changes it in any case, and one that is read after it in none.
+    fn path_to_problem(&self, problem: &Problem, retry: Retry<'_>) -> Option<Vec<String>> {
+        let mut paths = Vec::new();
+        search(child_at(&self.values, &problem.key)?, &|_, _| true, &[], &mut paths);
+        let right = [Value::Float(1.0), Value::String(String::new()), Value::Array(Vec::new())];
+        let is_same = |path: &[String], value: Value| {
+            let key = [problem.key.as_slice(), path].concat();
+            self.retried(&key, value, retry).as_ref() == Some(&problem.message)
+        };
+        paths.into_iter().find(|path| {
+            is_same(path, Value::Boolean(true))
+                && right.iter().any(|value| !is_same(path, value.clone()))
+        })
     }
 
     /// The names of which a key takes one. Serde lists them only for a text.

@@ -68,7 +68,7 @@ impl DataSource {
             let used = UsedImages::choose(section)?;
             let given = given_classes(section, used.class_names())?;
             let images = used.read(section)?;
-            return Ok(Self::of_images(labelled_for(images, given, teacher)?));
+            return Ok(Self::of_images(labelled_for(images, given.as_ref(), teacher)?));
         }
         if !section.kind.is_text() {
             let expected =
@@ -329,13 +329,13 @@ pub fn images_for(
     model: &Pipeline,
 ) -> Result<ImageDataset> {
     let given = given_classes(section, images.class_names())?;
-    labelled_for(part_of(images.shallow_clone(), section)?, given, model)
+    labelled_for(part_of(images.shallow_clone(), section)?, given.as_ref(), model)
 }
 
 /// The images with the labels of a model; `given` is the model's class of each class of the data, by name.
 fn labelled_for(
     images: ImageDataset,
-    given: Option<BTreeMap<String, String>>,
+    given: Option<&BTreeMap<String, String>>,
     model: &Pipeline,
 ) -> Result<ImageDataset> {
     let Some(classes) = TeacherClasses::of(model) else {
@@ -345,7 +345,7 @@ fn labelled_for(
     if images.labels().is_none() {
         return Ok(images);
     }
-    let labels = classes.map(images.class_names(), given.as_ref())?;
+    let labels = classes.map(images.class_names(), given)?;
     Ok(images.relabelled(&labels, classes.all_names())?)
 }
 

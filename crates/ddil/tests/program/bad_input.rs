@@ -46,7 +46,10 @@ fn overrides_that_cannot_be_read() {
             (&["train.updates"], &["--set train.updates", "key=value"]),
             (&["=3"], &["--set =3", "empty"]),
             (&["train.updates.x=1"], &["--set train.updates.x=1"]),
-            (&["train.updates=many"], &["--set train.updates=many", "train.updates", "u64"]),
+            (
+                &["train.updates=many"],
+                &["--set train.updates=many", "train.updates", "a whole number"],
+            ),
             (&["train.updates=-4"], &["train.updates", "-4"]),
             (&["data.kind=image_folders"], &["data.kind", "did you mean `image_folder`?"]),
         ],

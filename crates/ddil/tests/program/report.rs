@@ -206,18 +206,17 @@ fn the_teacher_is_drawn_once_and_changes_nothing() -> TestResult {
 }
 
 #[test]
-fn the_teacher_of_several_stages_is_the_first() -> TestResult {
+fn the_teacher_of_several_stages_is_the_first() {
     let workshop = Workshop::with_teacher();
     let stages = ["student.stages=[4, 2]", "output.sample_interval=20"];
     let run = workshop.complete("distill", "stages", &stages);
     let by_hand = "sample teacher --steps 10 --guidance-scale 2 --seed 3 -n 3 --output by-hand.png";
     workshop.ddil(&by_hand.split(' ').collect::<Vec<_>>()).succeeded();
     assert_eq!(levels(&run.join("samples/teacher.png")), levels(&workshop.path("by-hand.png")));
-    Ok(())
 }
 
 #[test]
-fn a_text_teacher_is_drawn_for_the_prompts_of_the_grids() -> TestResult {
+fn a_text_teacher_is_drawn_for_the_prompts_of_the_grids() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     let settings = ["output.sample_interval=2", "output.prompts=[\"a red cat\", \"a dog\"]"];
     let run = workshop.complete("distill", "drawn", &settings);
@@ -225,7 +224,6 @@ fn a_text_teacher_is_drawn_for_the_prompts_of_the_grids() -> TestResult {
         (levels(&run.join("samples/teacher.png")), levels(&run.join("samples/step_0000002.png")));
     assert!(teacher.len() == student.len() && teacher != student);
     assert!(page(&run).contains("guidance 3<"));
-    Ok(())
 }
 
 #[test]
