@@ -6,8 +6,8 @@
     python tools/check/parity_metrics.py --ddil PROGRAM --speed 2000    # also the time of features of 2000 JPEG files
 
 The Inception network is pytorch-fid's with random weights, its normalization fitted to random images: parity does not
-depend on the weights. The images are smooth random fields of mixed sizes, as PNG and JPEG files. The JPEG decoders differ by
-a few levels of 255, so that JPEG files alone and PNG files alone are compared too, with bounds of their own.
+depend on the weights. The images are smooth random fields of mixed sizes, as PNG and JPEG files; a third as many are
+compared of PNG alone, and of JPEG alone.
 """
 
 from __future__ import annotations
