@@ -66,10 +66,10 @@ fn matrix(args: &DemoArgs) -> anyhow::Result<Matrix> {
 }
 
 /// As many as there are students.
-const MOST_WORKERS: usize = 5;
+const MOST_WORKERS: usize = 6;
 
 const ABOUT: &str = "
-A Fashion-MNIST teacher of ten classes is distilled to 4 steps by progressive distillation, five times: with images of
+A Fashion-MNIST teacher of ten classes is distilled to 4 steps by progressive distillation, six times: with images of
 all classes and with images of trousers alone, on noised data, on the teacher's trajectories, and on the mixture of DDIL.
 
 ";

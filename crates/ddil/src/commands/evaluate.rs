@@ -38,7 +38,8 @@ pub(crate) fn run(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     ended
 }
 
-fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
+/// Rejects values that are never allowed.
+fn ensure_usable(args: &EvaluateArgs) -> anyhow::Result<()> {
     ensure!(args.num_samples > 1, "--num-samples is {}; expected at least 2", args.num_samples);
     if let Some(path) = &args.save_statistics {
         ensure!(!path.exists(), "{} exists already; choose another file", path.display());
@@ -52,6 +53,11 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
         args.standard_errors != 1,
         "--standard-errors is 1; expected at least 2 random halves, or 0 for none"
     );
+    Ok(())
+}
+
+fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
+    ensure_usable(args)?;
     start(&args.sampling.parent)?;
     let prompts = prompted::prompts(args)?;
     let interrupt = Interrupt::listen()?;
@@ -80,17 +86,7 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
             (real.rows(args)?, ExitCode::SUCCESS)
         }
         Subject::Model(model) => model_rows(args, model, &real, &mut features)?,
-        Subject::Samples(images) => {
-            let features = features_as_stored(images, &*real.extractor)?;
-            let mut rows = images_rows(args, &features, &real)?;
-            if let Some(model) = &args.classes_of {
-                let class_names = Pipeline::open_without_weights(model)?.card.class_names;
-                for (_, measurement) in &mut rows {
-                    real.add_classes(measurement, &features, &class_names)?;
-                }
-            }
-            (rows, ExitCode::SUCCESS)
-        }
+        Subject::Samples(images) => (samples_rows(args, images, &real)?, ExitCode::SUCCESS),
         Subject::Files(files) => {
             // As a reference: statistics that are saved can be one.
             let files = &files.shuffled(0);
@@ -224,6 +220,23 @@ fn ensure_same_shape(
         shown(data)
     );
     Ok(())
+}
+
+/// The row of a folder of sample files.
+fn samples_rows(
+    args: &EvaluateArgs,
+    images: &Tensor,
+    real: &RealImages,
+) -> anyhow::Result<Vec<Row>> {
+    let features = features_as_stored(images, &*real.extractor)?;
+    let mut rows = images_rows(args, &features, real)?;
+    if let Some(model) = &args.classes_of {
+        let class_names = Pipeline::open_without_weights(model)?.card.class_names;
+        for (_, measurement) in &mut rows {
+            real.add_classes(measurement, &features, &class_names)?;
+        }
+    }
+    Ok(rows)
 }
 
 /// The row of a folder of images.

@@ -8,9 +8,9 @@ use crate::support::{TestResult, Workshop, json};
 
 const TEACHER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/fashion-mnist-teacher");
 
-/// One update of each student. All five are measured beside the teacher, with the classes that their data lack.
+/// One update of each student. All six are measured beside the teacher, with the classes that their data lack.
 #[test]
-fn five_students_are_compared_on_all_data_and_on_poor_data() -> TestResult {
+fn six_students_are_compared_on_all_data_and_on_poor_data() -> TestResult {
     let workshop = Workshop::new();
     let small = ["student.updates_per_stage=1", "data.batch_size=2", "mixing.teacher.pool=2"];
     let mut demo = vec!["demo", "--teacher", TEACHER, "--num-samples", "20", "--folder", "shown"];
@@ -22,7 +22,7 @@ fn five_students_are_compared_on_all_data_and_on_poor_data() -> TestResult {
     let students: Vec<&Value> =
         entries.as_array().into_iter().flatten().filter(|entry| entry["kind"] == "cell").collect();
     let arms: Vec<&str> = students.iter().filter_map(|entry| entry["name"].as_str()).collect();
-    assert_eq!(arms.len(), 5, "{entries}");
+    assert_eq!(arms.len(), 6, "{entries}");
     for student in &students {
         let measurement = &student["measurement"];
         let agreement = measurement["class_agreement"].as_f64().expect("the classifier's classes");
