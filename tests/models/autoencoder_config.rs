@@ -109,7 +109,7 @@ fn every_problem_is_named() {
         ]
     );
     let text = read(&wrong, UnknownKeys::Refuse).expect_err("seven problems").to_string();
-    let up = "expected UpDecoderBlock2D, not `AttnUpDecoderBlock2D`";
+    let up = "expected `UpDecoderBlock2D`, not \"AttnUpDecoderBlock2D\"";
     for part in ["AttnDownEncoderBlock2D", up, "AsymmetricAutoencoderKL", "tanh"] {
         assert!(text.contains(part), "{part} is not in {text}");
     }

@@ -364,7 +364,10 @@ fn tables_contain_everything() {
     ] {
         assert!(text.contains(words), "{words}:\n{text}");
     }
+    assert!(text.contains("\nAlso in table.md: precision, density, shift.\n"), "{text}");
+    assert_eq!(text.matches("density").count(), 1, "{text}");
     let markdown = report.markdown();
+    assert!(markdown.contains("density") && !markdown.contains("table.md"));
     let rows: Vec<&str> = markdown.lines().filter(|line| line.starts_with('|')).collect();
     // Heads and rules of three tables, then rows.
     assert_eq!(rows.len(), 3 * 2 + (2 + 9) + 6 + (3 + 1));
@@ -436,7 +439,7 @@ fn plots_of_nothing_are_plots() -> TestResult {
     let nothing = ComparisonReport::new("nothing", Vec::new(), Vec::new());
     assert_well_formed(&plot::quality(&nothing)?);
     assert_well_formed(&plot::shift(&nothing.shifts())?);
-    assert_eq!(table::summary(&nothing).len(), 1);
+    assert_eq!(table::summary(&nothing, &[Metric::Frechet]).len(), 1);
     // A metric that is 0 or less has no place on a logarithmic axis, and takes nothing else with it.
     let entries = vec![entry(["a", "b"], 0, 4, 0.0), entry(["a", "b"], 1, 4, -0.1)];
     let report = ComparisonReport::new("zero", vec![axis("priors", None, &["a"])], entries);

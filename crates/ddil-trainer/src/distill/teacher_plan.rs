@@ -34,7 +34,7 @@ impl TeacherPlan {
         student: &Card,
         batch_size: u32,
     ) -> Result<Self> {
-        let full_steps = plan_of(teacher, None)?.steps;
+        let full_steps = SamplePlan::of(teacher, None).steps;
         let samples = num_samples(config, student);
         let of_updates = config.total_updates().saturating_mul(config.data.batch_size.into());
         let most = (of_updates / (UPDATES_PER_STEP * samples)).min(u32::MAX.into()) as u32;
@@ -69,7 +69,14 @@ impl TeacherPlan {
 }
 
 fn plan_of(teacher: &Pipeline, steps: Option<u32>) -> Result<SamplePlan> {
-    let plan = with_published_solver(teacher, SamplePlan::of(teacher, steps))?;
+    let plan = SamplePlan::of(teacher, steps);
+    // As in training, where the solver of the teacher's folder is not used.
+    let plan = with_published_solver(teacher, plan.clone()).unwrap_or_else(|error| {
+        tracing::warn!(
+            "the teacher's grid is drawn with DDIM, since its own solver is not available: {error}"
+        );
+        plan
+    });
     if teacher.parts.class().is_text_to_image() {
         return Ok(with_published_timesteps(teacher, plan)?);
     }

@@ -53,6 +53,14 @@ impl Metric {
         Self::Shift,
     ];
 
+    /// Those that the tables on a terminal leave out, whose width is small.
+    const NOT_ON_TERMINAL: [Self; 3] = [Self::Precision, Self::Density, Self::Shift];
+
+    /// Whether a terminal's tables show it.
+    pub(crate) fn is_on_terminal(self) -> bool {
+        !Self::NOT_ON_TERMINAL.contains(&self)
+    }
+
     /// Those that only samples of classes have, and only with a classifier of these.
     pub(crate) const OF_CLASSES: [Self; 2] = [Self::MissingToTeacher, Self::ClassAgreement];
 
@@ -61,8 +69,8 @@ impl Metric {
         match self {
             Self::Frechet => "frechet",
             Self::ToTeacher => "to teacher",
-            Self::MissingToTeacher => "missing to teacher",
-            Self::ClassAgreement => "class agreement",
+            Self::MissingToTeacher => "missing",
+            Self::ClassAgreement => "agreement",
             Self::Precision => "precision",
             Self::Recall => "recall",
             Self::Density => "density",

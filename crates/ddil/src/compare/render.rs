@@ -7,6 +7,7 @@ use ddil_pipelines::{Image, layout};
 use tch::Tensor;
 
 use super::folder::ComparisonFolder;
+use super::metric::Metric;
 use super::record::MIN_COVERAGE;
 use super::report::ComparisonReport;
 use super::{plot, table};
@@ -14,25 +15,42 @@ use crate::error::{Error, Result};
 use crate::sample_file::KEPT;
 
 impl ComparisonReport {
-    /// Tables for a terminal.
+    /// Tables for a terminal, without the metrics for which it has no room.
     pub fn text(&self) -> String {
-        self.written(&|title, cells| format!("\n{title}\n\n{}", crate::results::aligned(cells)))
+        let (shown, left_out): (Vec<Metric>, Vec<Metric>) =
+            self.metrics().into_iter().partition(|metric| metric.is_on_terminal());
+        let aligned = |title: &str, cells: &[Vec<String>]| {
+            format!("\n{title}\n\n{}", crate::results::aligned(cells))
+        };
+        let left_out: Vec<&str> = left_out.into_iter().map(Metric::as_str).collect();
+        let note = format!("\nAlso in table.md: {}.\n", left_out.join(", "));
+        self.written(&shown, &aligned) + if left_out.is_empty() { "" } else { &note }
     }
 
-    /// The same tables in Markdown.
+    /// The tables in Markdown, with all metrics.
     pub fn markdown(&self) -> String {
-        self.written(&|title, cells| format!("\n### {title}\n\n{}", table::markdown(cells)))
+        self.written(&self.metrics(), &|title, cells| {
+            format!("\n### {title}\n\n{}", table::markdown(cells))
+        })
     }
 
-    fn written(&self, table_of: &dyn Fn(&str, &[Vec<String>]) -> String) -> String {
-        let mut text = table_of(&self.name, &table::summary(self));
+    fn written(
+        &self,
+        metrics: &[Metric],
+        table_of: &dyn Fn(&str, &[Vec<String>]) -> String,
+    ) -> String {
+        let mut text = table_of(&self.name, &table::summary(self, metrics));
         let _ = writeln!(
             text,
             "\nMean ± standard error over seeds. `*`: the students were not trained for this number of steps. `frechet` is the\n\
              distance to the data, `to teacher` to the teacher's samples at its full number of steps. Cells with coverage below\n\
              {MIN_COVERAGE}, or with NaN or infinite samples, have collapsed; cells that diverged or failed are in no mean."
         );
-        let differences = table::differences(self);
+        if metrics.iter().any(|metric| Metric::OF_CLASSES.contains(metric)) {
+            text += "`missing` is the distance to the teacher of the classes that the data lack, `agreement` the share of samples that \
+                     the\nclassifier takes for their class.\n";
+        }
+        let differences = table::differences(self, metrics);
         if differences.len() > 1 {
             text += &table_of("Paired differences to the baseline", &differences);
             let _ = writeln!(

@@ -4,28 +4,26 @@ use super::metric::Metric;
 use super::report::{ArmAt, ComparisonReport, Difference, Entry, EntryKind, Shift, timesteps};
 use super::statistics::Estimate;
 
-/// Real images and teachers first, then the arms.
-pub fn summary(report: &ComparisonReport) -> Vec<Vec<String>> {
+/// Real images and teachers first, then the arms, with these metrics.
+pub fn summary(report: &ComparisonReport, metrics: &[Metric]) -> Vec<Vec<String>> {
     let mut heads = axes(report);
     heads.extend(["steps", "samples", "seeds"].map(str::to_owned));
-    let metrics = report.metrics();
     heads.extend(metrics.iter().map(|metric| metric.as_str().to_owned()));
     let mut rows = vec![heads];
     let others = [EntryKind::Data, EntryKind::Teacher];
     rows.extend(
-        others.iter().flat_map(|kind| report.of_kind(*kind)).map(|e| of_entry(report, e, &metrics)),
+        others.iter().flat_map(|kind| report.of_kind(*kind)).map(|e| of_entry(report, e, metrics)),
     );
-    rows.extend(report.arms().iter().map(|arm| of_arm(arm, &metrics)));
+    rows.extend(report.arms().iter().map(|arm| of_arm(arm, metrics)));
     rows
 }
 
 /// Arms against baselines; only the headings if there is nothing to compare.
-pub(crate) fn differences(report: &ComparisonReport) -> Vec<Vec<String>> {
+pub(crate) fn differences(report: &ComparisonReport, metrics: &[Metric]) -> Vec<Vec<String>> {
     let mut heads = ["difference", "elsewhere", "steps", "seeds"].map(str::to_owned).to_vec();
-    let metrics = report.metrics();
     heads.extend(metrics.iter().map(|metric| metric.as_str().to_owned()));
     let mut rows = vec![heads];
-    rows.extend(report.differences().iter().map(|row| of_difference(row, &metrics)));
+    rows.extend(report.differences().iter().map(|row| of_difference(row, metrics)));
     rows
 }
 
