@@ -79,8 +79,8 @@ fn after(folder: &Path, seconds: f64) -> String {
     format!(
         "
 `to teacher` is the Fréchet distance to the guided teacher's samples in 50 steps, which the students imitate, over all ten
-classes. `all-classes` is the control: the data contain what the student is asked for. With `trousers` they do not, and
-trajectories of the teacher and of the student are the only states of the other nine classes.
+classes. `all-classes` is the control: the data contain every class that is sampled. With `trousers` nine classes are
+missing, and trajectories of the teacher and of the student are their only states.
 
 in {seconds:.0} s; one seed
 

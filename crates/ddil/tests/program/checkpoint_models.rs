@@ -214,7 +214,7 @@ fn a_checkpoint_that_cannot_be_a_model_is_refused() -> TestResult {
     copy_folder(&whole.join("export"), &lora.join("export"));
     both(&checkpoints(&lora)[&3], &["teacher.path", "in which the run was started"]);
 
-    // Damaged: refused by name, and skipped in favour of an older one if the newest is asked for.
+    // Damaged: refused by name, and skipped in favour of an older one if the newest is requested.
     let file = last.join("ema.safetensors");
     let mut bytes = fs::read(&file)?;
     *bytes.last_mut().ok_or("it is not empty")? ^= 1;
