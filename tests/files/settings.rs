@@ -421,3 +421,59 @@ fn each_kind_of_value_has_a_term() {
         assert_eq!(of(assignment), message);
     }
 }
+
+/// Serde reads the fields of a struct from a list too, in sequence: in a file that is a mistake.
+#[test]
+fn a_list_is_no_table() -> Result<(), Error> {
+    #[derive(Debug, Default, PartialEq, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Data {
+        kind: Option<String>,
+        seed: u32,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Whole {
+        #[serde(default)]
+        data: Data,
+        #[serde(default)]
+        parts: Vec<Data>,
+        #[serde(default)]
+        content: Option<Named>,
+    }
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Named {
+        Empty,
+        Inner(Data),
+    }
+
+    let of = |text: &str, assignment: &str| {
+        let mut settings = Settings::parse("a.toml", text)?;
+        settings.set(assignment)?;
+        settings.build::<Whole>()
+    };
+    let table = |key: &str, count: &str| format!("`{key}` is a list of {count}; expected a table");
+    for (assignment, message) in [
+        ("data=[]", table("data", "0 values")),
+        ("data=['images', 3]", table("data", "2 values")),
+        ("parts=[{ seed = 1 }, []]", table("parts.1", "0 values")),
+        ("content={ inner = [] }", table("content.inner", "0 values")),
+    ] {
+        let error = of("", assignment).expect_err(assignment).to_string();
+        assert_eq!(error, format!("--set {assignment}: {message}"));
+    }
+    let error = of("\ndata = []\n", "parts=[]").expect_err("a list").to_string();
+    assert_eq!(error, format!("a.toml:2:1: {}", table("data", "0 values")));
+    // Tables and lists in their own places.
+    let whole = of("[data]\n", "parts=[{ seed = 1 }, {}]")?;
+    let one = Data { seed: 1, ..Data::default() };
+    assert_eq!((whole.data, whole.parts), (Data::default(), vec![one, Data::default()]));
+    assert_eq!(of("", "parts=[]")?.parts, []);
+    let inner = Named::Inner(Data { seed: 2, ..Data::default() });
+    assert_eq!(of("", "content={ inner = { seed = 2 } }")?.content, Some(inner));
+    assert_eq!(of("", "content=empty")?.content, Some(Named::Empty));
+    Ok(())
+}

@@ -50,6 +50,8 @@ mod json_settings;
 mod report;
 #[cfg(feature = "settings")]
 pub mod settings;
+#[cfg(feature = "settings")]
+mod strict_value;
 
 pub use atomic::{TEMPORARY, parent, sync_folder, temporary_sibling, write_atomic};
 pub use bounded::{open_regular_file, read_bounded, read_text_bounded};

@@ -19,6 +19,7 @@ use toml::{
 };
 
 use crate::file_terms::{Refusal, TABLE};
+use crate::strict_value::StrictValue;
 use crate::{Error, Invalid, Result};
 
 /// Minimum similarity of a name that is suggested instead of an unknown one.
@@ -370,7 +371,7 @@ struct Problem {
 type Retry<'a> = &'a dyn Fn(Value) -> Option<Problem>;
 
 fn read<T: DeserializeOwned>(values: Value) -> Result<T, Problem> {
-    serde_path_to_error::deserialize(values).map_err(|error| Problem {
+    serde_path_to_error::deserialize(StrictValue(values)).map_err(|error| Problem {
         key: key_of(error.path()),
         message: error.inner().message().to_owned(),
     })
