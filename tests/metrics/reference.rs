@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use ddil_metrics::{Error, FeatureExtractor, RawPixels, Reference, Statistics, frechet_distance};
+use ddil_metrics::{
+    Error, FeatureExtractor, ImageInput, RawPixels, Reference, Statistics, frechet_distance,
+};
+use safetensors::SafeTensors;
 use tch::{Tensor, kind};
 
 use crate::{assert_close, normal};
@@ -68,6 +71,64 @@ fn another_extractor_is_refused() -> TestResult {
     file.ensure_extractor(&RawPixels::new([1, 3, 1]))?;
     let error = file.ensure_extractor(&RawPixels::new([1, 2, 2])).expect_err("four features");
     assert!(error.to_string().contains("number of features"), "{error}");
+    Ok(())
+}
+
+/// Features of a network with two outputs.
+#[derive(Debug)]
+struct WithOutput(RawPixels, &'static str);
+
+impl FeatureExtractor for WithOutput {
+    fn input(&self) -> &ImageInput {
+        self.0.input()
+    }
+
+    fn extract(&self, prepared: &Tensor) -> ddil_metrics::Result<Tensor> {
+        self.0.extract(prepared)
+    }
+
+    fn id(&self) -> &str {
+        self.0.id()
+    }
+
+    fn variant(&self) -> &str {
+        self.1
+    }
+
+    fn dim(&self) -> i64 {
+        self.0.dim()
+    }
+}
+
+#[test]
+fn another_output_of_the_same_network_is_refused() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("reference.safetensors");
+    let [first, second] =
+        ["", "return_features"].map(|output| WithOutput(RawPixels::new([1, 1, 3]), output));
+    for (own, other) in [(&first, &second), (&second, &first)] {
+        Reference::new("set", &normal(0, 9, 3), own)?.write(&path)?;
+        let read = Reference::from_file(&path)?;
+        read.ensure_extractor(own)?;
+        let text = read.ensure_extractor(other).expect_err("another output").to_string();
+        for part in ["variant", "none", "`return_features`"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+    // A file of an earlier version does not contain it, and is compared with both.
+    let bytes = std::fs::read(&path)?;
+    let (_, header) = SafeTensors::read_metadata(&bytes)?;
+    let mut metadata = header.metadata().clone().ok_or("it has metadata")?;
+    assert_eq!(metadata.remove("variant").as_deref(), Some("return_features"));
+    let tensors = SafeTensors::deserialize(&bytes)?.tensors();
+    std::fs::write(&path, safetensors::serialize(tensors, Some(metadata))?)?;
+    let old = Reference::from_file(&path)?;
+    old.ensure_extractor(&first)?;
+    old.ensure_extractor(&second)?;
+    // Nothing is made up when it is written again.
+    let again = folder.path().join("again.safetensors");
+    old.write(&again)?;
+    Reference::from_file(&again)?.ensure_extractor(&first)?;
     Ok(())
 }
 

@@ -24,7 +24,8 @@ use crate::{
 /// # Files
 ///
 /// [`write`](Self::write) makes a safetensors file: `mu` `[d]` and `sigma` `[d, d]` as `F64`, `features` `[n, d]` as
-/// `F32` if there are any, and in the metadata `name`, `num_samples`, `extractor` and `input` (JSON).
+/// `F32` if there are any, and in the metadata `name`, `num_samples`, `extractor`, `input` (JSON) and `variant`, that of
+/// the extractor; files of earlier versions do not contain the last.
 /// [`from_file`](Self::from_file) also reads the `.npz` files of pytorch-fid and clean-fid, which contain `mu` and
 /// `sigma` alone: neither the number of images, nor the network, nor the interpolation.
 ///
@@ -59,11 +60,17 @@ pub struct Reference {
 struct Extractor {
     id: String,
     input: ImageInput,
+    /// None if a file does not contain it.
+    variant: Option<String>,
 }
 
 impl Extractor {
     fn of(extractor: &dyn FeatureExtractor) -> Self {
-        Self { id: extractor.id().to_owned(), input: extractor.input().clone() }
+        Self {
+            id: extractor.id().to_owned(),
+            input: extractor.input().clone(),
+            variant: Some(extractor.variant().to_owned()),
+        }
     }
 }
 
@@ -130,7 +137,7 @@ impl Reference {
     ///
     /// # Errors
     ///
-    /// [`Error::AnotherExtractor`] if the network, its input, or the number of features differs.
+    /// [`Error::AnotherExtractor`] if the network, its input, its variant, or the number of features differs.
     pub fn ensure_extractor(&self, extractor: &dyn FeatureExtractor) -> Result<()> {
         let own = Extractor::of(extractor);
         let differs = |what, reference: String, extractor: String| Error::AnotherExtractor {
@@ -146,6 +153,12 @@ impl Reference {
             if known.input != own.input {
                 let [known, own] = [&known.input, &own.input].map(json);
                 return Err(differs("input", known, own));
+            }
+            if let (Some(known), Some(own)) = (&known.variant, &own.variant)
+                && known != own
+            {
+                let [known, own] = [known, own].map(|variant| shown(variant));
+                return Err(differs("variant", known, own));
             }
         }
         if self.statistics.dim() as i64 != extractor.dim() {
@@ -194,9 +207,11 @@ impl Reference {
         if let Some(n) = self.statistics.num_samples() {
             metadata.insert("num_samples".to_owned(), n.to_string());
         }
-        if let Some(Extractor { id, input }) = &self.extractor {
+        if let Some(Extractor { id, input, variant }) = &self.extractor {
             metadata.insert("extractor".to_owned(), id.clone());
             metadata.insert("input".to_owned(), json(input));
+            let variant = variant.iter().map(|variant| ("variant".to_owned(), variant.clone()));
+            metadata.extend(variant);
         }
         metadata
     }
@@ -265,7 +280,8 @@ fn read_safetensors(path: &Path, mut file: File) -> Outcome<Reference> {
     let extractor = extractor.map(|(id, input)| {
         let parsed = ddil_files::parse_json(input.as_bytes());
         let input = parsed.map_err(|error| reason(format!("`input` is `{input}`: {error}")))?;
-        Ok::<_, Problem>(Extractor { id: id.clone(), input })
+        let variant = metadata.get("variant").cloned();
+        Ok::<_, Problem>(Extractor { id: id.clone(), input, variant })
     });
     let extractor = extractor.transpose()?;
     let features = match tensors.tensor("features") {
@@ -358,6 +374,11 @@ fn read_array(
 
 /// Above that, an entry of the archive is not read to its end.
 const MAX_ARRAY_BYTES: u64 = MAX_DIM * MAX_DIM * 8 + (1 << 16);
+
+/// A variant, for messages: of a network with several outputs, which of them.
+fn shown(variant: &str) -> String {
+    if variant.is_empty() { "none".to_owned() } else { format!("`{variant}`") }
+}
 
 /// The text form of an input, for files and messages.
 fn json(input: &ImageInput) -> String {
