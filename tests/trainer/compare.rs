@@ -136,6 +136,29 @@ fn all_problems_are_reported_at_once() {
     refused(&text, &["off_4_seed3 and 5 more", "`data.batch_size` is 0"]);
 }
 
+/// Of a teacher without unconditional predictions, or whose guidance is left as it is, a negative prompt changes nothing.
+#[test]
+fn a_negative_prompt_without_guidance_is_refused() -> TestResult {
+    let prompts = tempfile::NamedTempFile::new()?;
+    let path = prompts.path().display().to_string();
+    let with = |guidance: &str| {
+        let evaluate = format!(
+            "[evaluate]\nprompts = {path:?}\nclip = {path:?}\nnegative_prompt = \"blurred\"\n\n[set]\n\
+             \"teacher.guidance\" = {guidance}\n\"data.kind\" = \"captions\"\n\"data.path\" = \"captions\""
+        );
+        MATRIX.replace("[set]", &evaluate)
+    };
+    for guidance in ["{ kind = \"baked_in\" }", "{ kind = \"cfg\", scale = 1.0 }"] {
+        refused(&with(guidance), &["`evaluate.negative_prompt`", "no effect"]);
+    }
+    for guidance in
+        ["{ kind = \"cfg\", scale = 3.0 }", "{ kind = \"cfg_range\", min = 1.0, max = 3.0 }"]
+    {
+        assert_eq!(cells(&with(guidance))?.len(), 6, "{guidance}");
+    }
+    Ok(())
+}
+
 #[test]
 fn an_arm_is_not_compared_with_itself() {
     let text = MATRIX.replace("\"student.stages\" = [2]", "\"student.stages\" = [4]");

@@ -35,7 +35,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     print(ABOUT)?;
     let started = Instant::now();
     let exit_code = all_cells(&comparison, false, &interrupt)?;
-    if !interrupt.is_requested() {
+    if exit_code == ExitCode::SUCCESS && !interrupt.is_requested() {
         print(&after(&args.folder, started.elapsed().as_secs_f64()))?;
     }
     Ok(exit_code)
@@ -52,10 +52,12 @@ fn matrix(args: &DemoArgs) -> anyhow::Result<Matrix> {
     })?
     .clone_into(&mut matrix.name);
     args.folder.parent().unwrap_or(Path::new("")).clone_into(&mut matrix.folder);
+    let in_folder = || format!("--folder is {}", args.folder.display());
+    let mut matrix = matrix.checked().with_context(in_folder)?;
     matrix.workers =
         available_parallelism().map_or(1, |cores| cores.get().min(MOST_WORKERS)) as u32;
     matrix.evaluate.samples = args.num_samples;
-    matrix.evaluate.shift_samples = 2 * args.num_samples;
+    matrix.evaluate.shift_samples = args.num_samples.saturating_mul(2);
     let teacher = args.teacher.display().to_string();
     matrix.set.insert("teacher.path".to_owned(), teacher.into());
     for text in &args.overrides {

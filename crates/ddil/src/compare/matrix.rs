@@ -8,6 +8,8 @@ use ddil_data::Captions;
 use ddil_evaluate::MIN_SAMPLES;
 use ddil_files::settings::{Settings, to_toml};
 use ddil_files::{hex, with_causes};
+use ddil_losses::TeacherGuidance;
+use ddil_pipelines::{Pipeline, PromptRequest, SamplePlan};
 use ddil_trainer::config::{DataKind, DataSection, DistillConfig};
 use serde::{Deserialize, Serialize, Serializer};
 use sha2::{Digest, Sha256};
@@ -164,6 +166,16 @@ pub struct EvaluateConfig {
     /// Images of each prompt; default 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) images_per_prompt: Option<u32>,
+    /// Text before each prompt when its images are drawn, as for `ddil evaluate --prompt-prefix`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_prefix: Option<String>,
+    /// Text after each prompt when its images are drawn, as for `ddil evaluate --prompt-suffix`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_suffix: Option<String>,
+    /// The prompt to guide away from, as for `ddil evaluate --negative-prompt`, for the teacher's rows with guidance.
+    /// Students are sampled without guidance, and have learned that of the teacher's empty prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) negative_prompt: Option<String>,
     /// CLIP, as for `ddil evaluate --clip`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) clip: Option<PathBuf>,
@@ -233,6 +245,9 @@ impl Default for EvaluateConfig {
             captions: None,
             max_prompts: None,
             images_per_prompt: None,
+            prompt_prefix: None,
+            prompt_suffix: None,
+            negative_prompt: None,
             clip: None,
             lpips: None,
         }
@@ -297,10 +312,33 @@ impl EvaluateConfig {
         options.extend(numbers.iter().filter_map(|(name, number)| {
             number.map(|number| OsString::from(format!("--{name}={number}")))
         }));
+        let texts =
+            [("prompt-prefix", &self.prompt_prefix), ("prompt-suffix", &self.prompt_suffix)];
+        for (name, text) in texts {
+            options.extend(text.iter().map(|text| format!("--{name}={text}").into()));
+        }
         for (name, path) in [("--clip", &self.clip), ("--lpips", &self.lpips)] {
             options.extend(path.iter().flat_map(|path| [name.into(), path.into()]));
         }
         options
+    }
+
+    /// The option of the negative prompt for a teacher, if it takes one at this guidance scale.
+    pub(super) fn negative_prompt_option(
+        &self,
+        teacher: &Pipeline,
+        guidance_scale: f64,
+    ) -> Option<OsString> {
+        let negative = self.negative_prompt.as_ref()?;
+        let request = PromptRequest {
+            prompts: vec![String::new()],
+            negative_prompt: Some(negative.clone()),
+            size: [None; 2],
+            per_prompt: 1,
+        };
+        let plan = SamplePlan { guidance_scale, ..SamplePlan::of(teacher, None) };
+        let is_taken = request.ensure(teacher, &plan).is_ok();
+        is_taken.then(|| format!("--negative-prompt={negative}").into())
     }
 
     /// Additional options for students.
@@ -385,6 +423,9 @@ impl EvaluateConfig {
             ("captions", self.captions.is_some()),
             ("max_prompts", self.max_prompts.is_some()),
             ("images_per_prompt", self.images_per_prompt.is_some()),
+            ("prompt_prefix", self.prompt_prefix.is_some()),
+            ("prompt_suffix", self.prompt_suffix.is_some()),
+            ("negative_prompt", self.negative_prompt.is_some()),
             ("clip", self.clip.is_some()),
             ("lpips", self.lpips.is_some()),
         ];
@@ -638,6 +679,18 @@ impl Matrix {
                 cell.arm,
                 cell.config.data.kind.as_str()
             ));
+        }
+        let is_guided = |cell: &Cell| match cell.config.teacher.guidance {
+            TeacherGuidance::Cfg { scale } => scale != 1.0,
+            TeacherGuidance::CfgRange { .. } => true,
+            TeacherGuidance::Embedded { .. } | TeacherGuidance::BakedIn => false,
+        };
+        if self.evaluate.negative_prompt.is_some() && !cells.iter().any(is_guided) {
+            problems.push(
+                "`evaluate.negative_prompt` is set, but has no effect: no teacher makes an unconditional prediction for \
+                 guidance"
+                    .to_owned(),
+            );
         }
         let data = |cell: &Cell| {
             let DataSection { kind, path, resolution, .. } = &cell.config.data;

@@ -11,7 +11,7 @@ pub enum Metric {
     Frechet,
     /// Fréchet distance to the teacher's samples.
     ToTeacher,
-    /// Share of samples that show the class that was asked for.
+    /// Share of samples that are classified as their class.
     ClassAgreement,
     /// Fréchet distance to the teacher's samples, of the classes that the data lack.
     MissingToTeacher,
@@ -61,7 +61,8 @@ impl Metric {
         !Self::NOT_ON_TERMINAL.contains(&self)
     }
 
-    /// Those that only samples of classes have, and only with a classifier of these.
+    /// Those that only samples of classes have: the first one if the data lack classes, the second with a classifier of
+    /// the model's classes.
     pub(crate) const OF_CLASSES: [Self; 2] = [Self::MissingToTeacher, Self::ClassAgreement];
 
     /// Its name.

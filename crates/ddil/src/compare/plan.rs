@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::folder::ComparisonFolder;
 use super::item::{PlannedCell, PlannedTeacher, WorkItem};
-use super::matrix::{Matrix, Problems};
+use super::matrix::{Matrix, Problems, sha256};
 use super::record::{CellRecord, NamedRows, Outcome};
 use super::setting::{Setting, TeacherSamples};
 use crate::error::{Error, Result};
@@ -69,7 +69,7 @@ impl Comparison {
     ///
     /// # Errors
     ///
-    /// Those of [`Matrix::cells`]; an unreadable teacher folder.
+    /// Those of [`Matrix::cells`]; an unreadable teacher folder or file of prompts.
     pub(crate) fn new(matrix: Matrix, base: &Settings) -> Result<Self> {
         let cells = matrix.cells(base)?;
         // One thresholding for every teacher, or arms would be compared with different ones.
@@ -96,11 +96,16 @@ impl Comparison {
             };
             planned.push(PlannedCell { config_sha256: cell.config_sha256()?, cell, target });
         }
+        let prompts_sha256 = match &matrix.evaluate.prompts {
+            Some(path) => Some(sha256(&fs::read(path).map_err(Error::io("read", path))?)),
+            None => None,
+        };
         let setting = Setting {
             folder: ComparisonFolder::new(matrix.path()),
             evaluate: matrix.evaluate.clone(),
             data: planned.first().map(|first| first.cell.config.data.clone()).unwrap_or_default(),
             threads: matrix.threads,
+            prompts_sha256,
         };
         let teachers = teachers(&matrix, &planned);
         Ok(Self { matrix, setting, cells: planned, teachers })

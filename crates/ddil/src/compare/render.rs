@@ -48,7 +48,7 @@ impl ComparisonReport {
         );
         if metrics.iter().any(|metric| Metric::OF_CLASSES.contains(metric)) {
             text += "`missing` is the distance to the teacher of the classes that the data lack, `agreement` the share of samples that \
-                     the\nclassifier takes for their class.\n";
+                     the\nclassifier assigns to their class.\n";
         }
         let differences = table::differences(self, metrics);
         if differences.len() > 1 {

@@ -18,7 +18,7 @@ use crate::error::Result;
 pub(super) const PART: u32 = 500;
 
 /// The settings shared by all work of a comparison.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Setting {
     /// The folder of the results.
     pub(crate) folder: ComparisonFolder,
@@ -28,6 +28,8 @@ pub(crate) struct Setting {
     pub(crate) data: DataSection,
     /// Threads per process.
     pub(crate) threads: u32,
+    /// Checksum of the file of prompts, if there is one: it may be edited under the same name.
+    pub(crate) prompts_sha256: Option<String>,
 }
 
 /// Teacher samples, identified by everything that determines them.
@@ -152,10 +154,7 @@ impl Setting {
         if let Some(side) = self.data.resolution {
             bytes.extend(side.to_le_bytes());
         }
-        // The prompts themselves: the file may be edited under the same name.
-        if let Some(prompts) = &self.evaluate.prompts {
-            bytes.extend(std::fs::read(prompts).unwrap_or_default());
-        }
+        bytes.extend(self.prompts_sha256.iter().flat_map(|sum| sum.bytes()));
         sha256(&bytes)
     }
 }

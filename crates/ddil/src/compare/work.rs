@@ -200,6 +200,9 @@ impl Worker<'_> {
             write_json(&folder.teacher(&teacher.key()).join("samples.json"), teacher)?;
             let mut arguments = self.evaluate(teacher.path.clone().into(), first, result_file);
             arguments.extend(teacher.sampling_options()?);
+            let model = Pipeline::open_without_weights(&teacher.path)?;
+            let evaluate = &self.comparison.setting.evaluate;
+            arguments.extend(evaluate.negative_prompt_option(&model, teacher.guidance_scale));
             arguments.extend(["--keep".into(), teacher.part(folder, 0).into()]);
             return Ok(arguments);
         }

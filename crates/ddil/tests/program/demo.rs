@@ -45,6 +45,10 @@ fn six_students_are_compared_on_all_data_and_on_poor_data() -> TestResult {
     workshop.ddil(&demo).succeeded();
     assert_eq!(fs::read(workshop.path("shown/table.md"))?, table);
     workshop.ddil(&[&demo[..], &["--set", "run.seed=1"]].concat()).refused(&["run.seed", "seeds"]);
+    for folder in ["two words", ".hidden"] {
+        let named = ["demo", "--teacher", TEACHER, "--folder", folder];
+        workshop.ddil(&named).refused(&["--folder", folder, "letters, digits"]);
+    }
     let other = [&demo[..], &["--set", "data.batch_size=3"]].concat();
     workshop.ddil(&other).refused(&["batch_size", "--fresh"]);
     Ok(())

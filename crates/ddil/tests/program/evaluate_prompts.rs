@@ -341,6 +341,8 @@ fn students_are_compared_with_prompts() -> TestResult {
     let workshop = workshop()?;
     for (evaluate, words) in [
         ("clip = \"clip\"", &["evaluate.clip", "requires `evaluate.prompts`"][..]),
+        ("prompt_prefix = \"A\"", &["evaluate.prompt_prefix", "requires `evaluate.prompts`"]),
+        ("negative_prompt = \"A\"", &["evaluate.negative_prompt", "requires `evaluate.prompts`"]),
         ("prompts = \"none.txt\"\nclip = \"clip\"", &["evaluate.prompts", "none.txt"]),
         ("prompts = \"prompts.txt\"", &["nothing to measure", "clip"]),
         ("extractor = \"raw_pixels\"", &["data.kind", "evaluate.prompts"]),
@@ -375,6 +377,46 @@ fn students_are_compared_with_prompts() -> TestResult {
     }
     let again = workshop.ddil(&["compare", "matrix.toml", "--dry-run"]).succeeded();
     assert!(again.stdout.contains("2 cells, 0 to do"), "{}", again.stdout);
+    Ok(())
+}
+
+/// With text around the prompts, and one that guidance leads away from; other prompts are another measurement.
+#[test]
+fn students_are_compared_with_text_around_their_prompts() -> TestResult {
+    let workshop = workshop()?;
+    let evaluate = "prompts = \"prompts.txt\"\nclip = \"clip\"\nmax_prompts = 2\n\
+                    prompt_prefix = \"A photo of\"\nprompt_suffix = \"-like, red\"\n";
+    let left = |cells: &str| {
+        let ended = workshop.ddil(&["compare", "matrix.toml", "--dry-run"]).succeeded();
+        let expected = format!("2 cells, {cells} to do");
+        assert!(ended.stdout.contains(&expected), "{expected}: {}", ended.stdout);
+    };
+    write_matrix(&workshop, &format!("{evaluate}negative_prompt = \"a dog\""))?;
+    workshop.ddil(&["compare", "matrix.toml"]).succeeded();
+    let entries: Value =
+        serde_json::from_slice(&fs::read(workshop.run("tiny").join("results.json"))?)?;
+    let mut guided = 0;
+    for entry in entries.as_array().expect("an array") {
+        let row = &entry["measurement"];
+        let set = &row["prompts"];
+        assert_eq!((&set["prefix"], &set["suffix"]), (&"A photo of ".into(), &"-like, red".into()));
+        // The teacher's rows with guidance alone; a student is sampled without.
+        let is_guided = row["guidance_scale"].is_number();
+        assert_eq!(set.get("negative_prompt"), is_guided.then(|| json!("a dog")).as_ref(), "{row}");
+        guided += usize::from(is_guided);
+    }
+    assert!(guided > 0, "{entries}");
+    left("0");
+    write_matrix(&workshop, evaluate)?;
+    left("2");
+    workshop.ddil(&["compare", "matrix.toml"]).succeeded();
+    left("0");
+    fs::write(workshop.path("prompts.txt"), "a cat\na red fish\n")?;
+    left("2");
+    // A file that cannot be read is no empty one.
+    fs::remove_file(workshop.path("prompts.txt"))?;
+    fs::create_dir(workshop.path("prompts.txt"))?;
+    workshop.ddil(&["compare", "matrix.toml", "--dry-run"]).refused(&["read prompts.txt"]);
     Ok(())
 }
 
