@@ -124,6 +124,7 @@ fn fashion_mnist() -> TestResult {
         assert_eq!(counts, Tensor::full([10], of_each, kind::INT64_CPU));
     }
     assert_eq!(train.class_names()[9], "Ankle boot");
+    assert_eq!(Some(&FashionMnist::train_labels(None)?), train.labels());
 
     let batch = train.batch(&[0, 1])?;
     // The first sample is an ankle boot, on a border of background.
@@ -433,6 +434,7 @@ fn images_of_any_sizes_are_scaled_and_cropped_as_one_by_one() -> TestResult {
         write_png(&folder.path().join(class).join(name), (width, height), colour, &levels);
     }
     let dataset = read_image_folder_scaled(folder.path(), [3, 3], 2)?;
+    assert_eq!(ImageFolder::open(folder.path())?.labels(), Some(&[0, 0, 1][..]));
     assert_eq!((dataset.len(), dataset.image_shape()), (3, [3, 3, 3]));
     assert_eq!(dataset.class_names(), ["bag", "shoe"]);
     assert_eq!(dataset.labels(), Some(&Tensor::from_slice(&[0_i64, 0, 1])));

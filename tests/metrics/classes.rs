@@ -101,6 +101,37 @@ fn missing_classes_are_compared_with_the_same_classes_of_the_teacher() -> Result
     Ok(())
 }
 
+/// Of three samples one is of the second class, and none of the fourth.
+#[test]
+fn too_few_samples_have_no_distance_to_the_teacher() -> Result<()> {
+    let extractor = Largest(ImageInput::unchanged(1));
+    let features = predicted_as(&[0, 1, 2]);
+    let model = names(&["hat", "cap", "shoe", "hat"]);
+    let many = Reference::new("teacher", &Tensor::randn([40, 3], FLOAT_CPU), &extractor)?;
+    let few = Reference::new("teacher", &features, &extractor)?;
+    let samples = SamplesOfClasses::new(&features, &model)?;
+    let one = samples.of_missing(&[1], Some(&many), &extractor)?;
+    assert_eq!((one.samples, one.class_agreement, one.frechet_to_teacher), (1, Some(1.0), None));
+    let none = samples.of_missing(&[3], Some(&many), &extractor)?;
+    assert_eq!((none.samples, none.class_agreement, none.frechet_to_teacher), (0, None, None));
+    // As many samples as needed, but one of the teacher's.
+    let features = predicted_as(&[0, 1, 2, 0, 0, 1, 1, 0]);
+    let samples = SamplesOfClasses::new(&features, &model)?;
+    let two = samples.of_missing(&[1], Some(&few), &extractor)?;
+    assert_eq!((two.samples, two.frechet_to_teacher), (2, None));
+    assert!(samples.of_missing(&[1], Some(&many), &extractor)?.frechet_to_teacher.is_some());
+    Ok(())
+}
+
+/// Without samples there is no share.
+#[test]
+fn no_samples_have_no_agreement() -> Result<()> {
+    let extractor = Largest(ImageInput::unchanged(1));
+    let (features, model) = (predicted_as(&[0]).narrow(0, 0, 0), names(&["hat", "cap"]));
+    assert_eq!(SamplesOfClasses::new(&features, &model)?.agreement(&extractor)?, None);
+    Ok(())
+}
+
 #[test]
 fn labels_beyond_the_classes_are_refused() -> Result<()> {
     let (features, model) = (predicted_as(&[0, 1]), names(&["hat", "cap"]));

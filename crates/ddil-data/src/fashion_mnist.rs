@@ -56,14 +56,20 @@ impl FashionMnist {
     /// [`Error::Missing`] if no folder contains the files, [`Error::Read`] if a file cannot be read,
     /// [`Error::Checksum`] if it is not the published file.
     pub fn from_folder(folder: Option<&Path>) -> Result<Self> {
-        let folders = folder.map_or_else(fashion_mnist_folders, |path| vec![path.to_owned()]);
-        let Some(folder) = folders.iter().find(|path| find(path, TRAIN_IMAGES.0).is_some()) else {
-            return Err(Error::Missing { dataset: "Fashion-MNIST", looked_in: folders });
-        };
+        let folder = found_folder(folder)?;
         Ok(Self {
-            train: read_split(folder, TRAIN_IMAGES, TRAIN_LABELS)?,
-            test: read_split(folder, TEST_IMAGES, TEST_LABELS)?,
+            train: read_split(&folder, TRAIN_IMAGES, TRAIN_LABELS)?,
+            test: read_split(&folder, TEST_IMAGES, TEST_LABELS)?,
         })
+    }
+
+    /// The labels of the training samples, `[60 000]`, `Int64`, without the images.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_folder`](Self::from_folder), of the one file that is read.
+    pub fn train_labels(folder: Option<&Path>) -> Result<Tensor> {
+        read_labels(&found_folder(folder)?, TRAIN_LABELS)
     }
 
     /// All images at another size, as by [`ImageDataset::scaled`]: of the padded images, so that 16 is half of their side.
@@ -81,6 +87,15 @@ impl FashionMnist {
             [_, Self::SIDE, Self::SIDE] => "fashion_mnist/test".to_owned(),
             [_, height, width] => format!("fashion_mnist/test-{width}x{height}"),
         }
+    }
+}
+
+/// The given folder, or the first of the default ones, that contains the data set.
+fn found_folder(folder: Option<&Path>) -> Result<PathBuf> {
+    let folders = folder.map_or_else(fashion_mnist_folders, |path| vec![path.to_owned()]);
+    match folders.iter().find(|path| find(path, TRAIN_IMAGES.0).is_some()) {
+        Some(folder) => Ok(folder.clone()),
+        None => Err(Error::Missing { dataset: "Fashion-MNIST", looked_in: folders }),
     }
 }
 
@@ -116,10 +131,14 @@ fn read_split(
 ) -> Result<ImageDataset> {
     let (path, bytes) = read_checked(folder, images)?;
     let pixels = pad(&idx::images_from(&path, &bytes)?);
-    let (path, bytes) = read_checked(folder, labels)?;
-    let labels = idx::labels_from(&path, &bytes)?;
+    let labels = read_labels(folder, labels)?;
     let class_names = ddil_metrics::FASHION_CLASSES.map(str::to_owned).to_vec();
     ImageDataset::with_class_names(&pixels, Some(&labels), class_names)
+}
+
+fn read_labels(folder: &Path, labels: (&str, &'static str)) -> Result<Tensor> {
+    let (path, bytes) = read_checked(folder, labels)?;
+    idx::labels_from(&path, &bytes)
 }
 
 /// `[n, 28, 28]` to `[n, 1, 32, 32]`; 0 is the background.

@@ -94,6 +94,11 @@ impl ImageFolder {
         self.images.len() as i64
     }
 
+    /// The label of each file; `None` without labels.
+    pub fn labels(&self) -> Option<&[i64]> {
+        self.labels.as_deref()
+    }
+
     /// The name of each class, by label; empty without labels.
     pub fn class_names(&self) -> &[String] {
         &self.class_names

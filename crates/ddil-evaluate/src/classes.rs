@@ -1,4 +1,4 @@
-//! Whether samples show the class that was asked for, and how those of classes that the data lack compare.
+//! Whether samples show their class, and how those of classes that the data lack compare.
 
 use std::collections::BTreeSet;
 
@@ -22,10 +22,11 @@ pub struct MissingClasses {
     pub classes: Vec<String>,
     /// The number of samples of these classes.
     pub samples: u64,
-    /// Share of these samples that the classifier takes for the class that was asked for.
+    /// Share of these samples that the classifier assigns to their class.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class_agreement: Option<f64>,
-    /// Fréchet distance of these samples to the teacher's samples of the same classes.
+    /// Fréchet distance of these samples to the teacher's samples of the same classes; none with fewer than two on either
+    /// side.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frechet_to_teacher: Option<f64>,
 }
@@ -69,8 +70,8 @@ impl<'a> SamplesOfClasses<'a> {
         Ok(Self { features, class_names })
     }
 
-    /// The share of samples that the extractor's classifier takes for the class that was asked for; none if it has no
-    /// classifier, or one of other classes than the model's.
+    /// The share of samples that the extractor's classifier assigns to their class; none without samples, if
+    /// it has no classifier, or one of other classes than the model's.
     ///
     /// # Errors
     ///
@@ -82,12 +83,12 @@ impl<'a> SamplesOfClasses<'a> {
 
     /// The metrics of the samples of some classes alone.
     ///
-    /// The Fréchet distance requires `teacher`, samples of a model with the same classes in the same order, and its
-    /// features.
+    /// The Fréchet distance requires `teacher`, samples of a model with the same classes in the same order, its
+    /// features, and at least two samples of these classes on both sides: a covariance requires two.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a label beyond the classes; errors of the metrics: fewer than two samples.
+    /// [`Error::Invalid`] for a label beyond the classes; errors of the metrics: features that are NaN or infinite.
     pub fn of_missing(
         &self,
         labels: &[usize],
@@ -99,6 +100,8 @@ impl<'a> SamplesOfClasses<'a> {
         let features = self.rows_of(labels, self.features)?;
         let teacher = teacher.and_then(Reference::features);
         let teacher = teacher.map(|all| self.rows_of(labels, all)).transpose()?;
+        let is_enough = |rows: &Tensor| rows.size()[0] > 1;
+        let teacher = teacher.filter(|teacher| is_enough(teacher) && is_enough(&features));
         let frechet_to_teacher = teacher.map(|teacher| {
             let of = Statistics::from_features;
             frechet_distance(&of(&teacher)?, &of(&features)?)
@@ -140,6 +143,9 @@ impl<'a> SamplesOfClasses<'a> {
             return Ok(None);
         };
         let n = features.size()[0];
+        if n == 0 {
+            return Ok(None);
+        }
         let wanted: Vec<i64> = wanted.into_iter().cycle().take(n as usize).collect();
         let predicted = predictor.predict(features)?;
         let wanted = Tensor::from_slice(&wanted).to_device(predicted.device());

@@ -69,7 +69,7 @@ pub struct Measurement {
     /// student of a guided teacher is trained to match.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frechet_to_teacher: Option<f64>,
-    /// Share of samples that the extractor's classifier takes for the class that was asked for; none if it has no
+    /// Share of samples that the extractor's classifier assigns to their class; none if it has no
     /// classifier of the model's classes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub class_agreement: Option<f64>,

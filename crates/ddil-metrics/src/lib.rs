@@ -13,7 +13,7 @@
 //! | how exact is a number? | [`standard_errors`], [`kid_of_subsets`] |
 //! | real images in a file | [`Reference`]: also pytorch-fid's and clean-fid's `.npz` |
 //! | features of images | [`FashionClassifier`], [`RawPixels`], [`TorchScriptExtractor`] |
-//! | do samples show what was asked for? | [`ClassPredictor`] |
+//! | do samples show their class? | [`ClassPredictor`] |
 //! | the input of a network from images of any size | [`ImageInput`] |
 //!
 //! [`measure`] computes all of them and returns a [`Report`] with the reference, the extractor and the number of

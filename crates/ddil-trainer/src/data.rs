@@ -12,7 +12,7 @@ use ddil_data::{BatchIndices, EncodedBatch, EncodedDataset, ImageDataset, flip_h
 use tch::{Device, Tensor};
 
 pub(crate) use self::source::{DataSource, PromptFile};
-pub use self::source::{images_for, read_fashion_mnist, read_images};
+pub use self::source::{images_for, labels_for, read_fashion_mnist, read_images};
 use crate::config::DataSection;
 use crate::error::Result;
 use crate::interrupt::Interrupt;

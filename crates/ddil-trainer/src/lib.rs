@@ -11,7 +11,7 @@
 //! | their settings, as TOML | [`config`] |
 //! | the folder of a run | [`run_folder`], [`checkpoint`], [`RunCheckpoint`], [`record`], [`EventWriter`], [`RunEnvironment`], [`Evidence`] |
 //! | updates by hand | [`AdamW`], [`Ema`], [`LrSchedule`] |
-//! | memory before a run; the images of a run | [`memory`]; [`images_for`] |
+//! | memory before a run; the images of a run, or their labels alone | [`memory`]; [`images_for`], [`labels_for`] |
 //! | screen and log | [`Progress`], [`Logging`] |
 //!
 //! # Example
@@ -88,7 +88,7 @@ mod train;
 mod watch;
 
 pub use averaged::RunCheckpoint;
-pub use data::{images_for, read_fashion_mnist, read_images};
+pub use data::{images_for, labels_for, read_fashion_mnist, read_images};
 pub use ddil_files::Report;
 pub use distill::DistillTask;
 pub use ema::{Ema, EmaConfig};

@@ -245,23 +245,11 @@ pub(crate) struct EvaluatePromptArgs {
     pub(crate) negative_prompt: Option<String>,
     /// Draw with this text before each prompt, as in "A photo of"; a space is added. The CLIP score compares with the
     /// prompt alone.
-    #[arg(
-        long,
-        value_name = "TEXT",
-        requires = "prompts",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub(crate) prompt_prefix: String,
+    #[arg(long, value_name = "TEXT", requires = "prompts")]
+    pub(crate) prompt_prefix: Option<String>,
     /// Draw with this text after each prompt, as in ", highly detailed". The CLIP score compares with the prompt alone.
-    #[arg(
-        long,
-        value_name = "TEXT",
-        requires = "prompts",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub(crate) prompt_suffix: String,
+    #[arg(long, value_name = "TEXT", requires = "prompts")]
+    pub(crate) prompt_suffix: Option<String>,
     /// CLIP, for the CLIP score: a transformers folder with config.json, model.safetensors and the tokenizer.
     #[arg(long, value_name = "FOLDER", requires = "prompts")]
     pub(crate) clip: Option<PathBuf>,
@@ -356,8 +344,9 @@ pub(crate) struct EvaluateArgs {
     /// Also measure the Fréchet distance to the samples in this folder (`.safetensors` files written by `ddil sample`).
     #[arg(long, value_name = "FOLDER")]
     pub(crate) teacher_samples: Option<PathBuf>,
-    /// For SUBJECT a folder of `.safetensors` files of `ddil sample`: the model that drew them, whose classes alternate.
-    /// Measures whether the samples show their class.
+    /// For SUBJECT a folder of `.safetensors` files of `ddil sample`: the model that drew them. Measures whether samples
+    /// show their class: sample `i` is of class `i` modulo the number of classes, so the files must be all samples of one
+    /// seed from the first on, drawn without `--class`.
     #[arg(long, value_name = "MODEL", conflicts_with = "prompts")]
     pub(crate) classes_of: Option<PathBuf>,
     /// Also measure at these numbers of steps, as in `1,2,8`, with one row each.

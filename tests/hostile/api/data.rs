@@ -146,6 +146,9 @@ fn folders(cases: &mut Cases) {
         cases.once("FashionMnist::from_folder", &what, || {
             outcome(FashionMnist::from_folder(Some(place)))
         });
+        cases.once("FashionMnist::train_labels", &what, || {
+            outcome(FashionMnist::train_labels(Some(place)))
+        });
         cases.once("read_cropped", &what, || outcome(read_cropped(place, 3, [4, 4])));
     }
     let path = folder.path().join("a.png");

@@ -10,12 +10,13 @@ use ddil_data::{
     read_prompts,
 };
 use ddil_files::{Invalid, listed};
+use ddil_metrics::FASHION_CLASSES;
 use ddil_models::{
     AdditionEmbedType, AutoencoderKLConfig, ModelConfig, NetworkConfig, Placement,
     UNet2DConditionConfig, UnknownKeys,
 };
 use ddil_pipelines::{Pipeline, PipelineParts};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::encode::{Encoding, key};
 use super::part::{chosen, part_of};
@@ -330,6 +331,32 @@ pub fn images_for(
 ) -> Result<ImageDataset> {
     let given = given_classes(section, images.class_names())?;
     labelled_for(part_of(images.shallow_clone(), section)?, given.as_ref(), model)
+}
+
+/// The labels, those of a model, of the images that a config uses; no image is read. None for data without labels.
+///
+/// # Errors
+///
+/// An error for missing data, with the place; as [`images_for`].
+pub fn labels_for(section: &DataSection, model: &Pipeline) -> Result<Option<Vec<i64>>> {
+    let (labels, names) = match (section.kind, &section.path) {
+        (DataKind::FashionMnist, path) => {
+            let names = FASHION_CLASSES.map(str::to_owned).to_vec();
+            (FashionMnist::train_labels(path.as_deref())?, names)
+        }
+        (DataKind::ImageFolder, Some(path)) => {
+            let files = ImageFolder::open(path)?;
+            let Some(labels) = files.labels() else { return Ok(None) };
+            (Tensor::from_slice(labels), files.class_names().to_vec())
+        }
+        _ => return Ok(None),
+    };
+    let op = || Error::torch("labels_for");
+    // One pixel stands for each image.
+    let pixels = Tensor::f_zeros([labels.size()[0], 1, 1, 1], (Kind::Uint8, Device::Cpu));
+    let images = ImageDataset::with_class_names(&pixels.map_err(op())?, Some(&labels), names)?;
+    let images = images_for(&images, section, model)?;
+    images.labels().map(Vec::try_from).transpose().map_err(op())
 }
 
 /// The images with the labels of a model; `given` is the model's class of each class of the data, by name.

@@ -9,7 +9,7 @@ mod subject;
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use ddil_data::ImageDataset;
 use ddil_evaluate::{Measurement, features_as_stored, score, shift};
 use ddil_metrics::{FeatureExtractor, Reference};
@@ -72,11 +72,7 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
     if let Subject::Model(_) = subject {
         ensure_possible(args)?;
     }
-    ensure!(
-        args.classes_of.is_none() || matches!(subject, Subject::Samples(_)),
-        "--classes-of is for a folder of .safetensors files of `ddil sample`, and {} is none; a model's own classes are known",
-        args.subject.display()
-    );
+    let class_names = class_names_of(args, &subject)?;
     let real = RealImages::open(args, &subject, None, &mut features)?;
     let (rows, exit_code) = match &subject {
         Subject::Data => {
@@ -86,7 +82,9 @@ fn measure(args: &EvaluateArgs) -> anyhow::Result<ExitCode> {
             (real.rows(args)?, ExitCode::SUCCESS)
         }
         Subject::Model(model) => model_rows(args, model, &real, &mut features)?,
-        Subject::Samples(images) => (samples_rows(args, images, &real)?, ExitCode::SUCCESS),
+        Subject::Samples(images) => {
+            (samples_rows(args, images, &class_names, &real)?, ExitCode::SUCCESS)
+        }
         Subject::Files(files) => {
             // As a reference: statistics that are saved can be one.
             let files = &files.shuffled(0);
@@ -222,18 +220,34 @@ fn ensure_same_shape(
     Ok(())
 }
 
+/// The names of the classes of samples in files: those of the model of --classes-of; empty without it.
+fn class_names_of(args: &EvaluateArgs, subject: &Subject) -> anyhow::Result<Vec<String>> {
+    let Some(model) = &args.classes_of else { return Ok(Vec::new()) };
+    ensure!(
+        matches!(subject, Subject::Samples(_)),
+        "--classes-of is for a folder of .safetensors files of `ddil sample`, and {} is none; a model's own classes are known",
+        args.subject.display()
+    );
+    Ok(Pipeline::open_without_weights(model).context("--classes-of")?.card.class_names)
+}
+
 /// The row of a folder of sample files.
 fn samples_rows(
     args: &EvaluateArgs,
     images: &Tensor,
+    class_names: &[String],
     real: &RealImages,
 ) -> anyhow::Result<Vec<Row>> {
     let features = features_as_stored(images, &*real.extractor)?;
     let mut rows = images_rows(args, &features, real)?;
-    if let Some(model) = &args.classes_of {
-        let class_names = Pipeline::open_without_weights(model)?.card.class_names;
-        for (_, measurement) in &mut rows {
-            real.add_classes(measurement, &features, &class_names)?;
+    for (_, measurement) in &mut rows {
+        real.add_classes(measurement, &features, class_names)?;
+        if let (Some(model), None) = (&args.classes_of, measurement.class_agreement) {
+            tracing::warn!(
+                "--classes-of has no effect: {} has no classifier of the classes of {}",
+                real.extractor.id(),
+                model.display()
+            );
         }
     }
     Ok(rows)

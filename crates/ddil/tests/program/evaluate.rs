@@ -187,6 +187,61 @@ fn a_model_is_measured_against_its_own_data() -> TestResult {
     Ok(())
 }
 
+/// Which classes the data of a run lack does not depend on what its samples are compared with.
+#[test]
+fn classes_that_the_data_lack_are_measured_with_any_reference() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    let poor = ["data.exclude_classes=[\"class0\", \"class2\"]", "prompts.source=classes"];
+    workshop.complete("distill", "poor", &poor);
+    workshop.complete("distill", "all", &[]);
+    let draw = ["sample", "teacher", "-n", "12", "--steps", "2", "--output"];
+    fs::create_dir(workshop.path("drawn"))?;
+    workshop.ddil(&[&draw[..], &["drawn/teacher.safetensors"]].concat()).succeeded();
+    let measured = |run: &str, more: &[&str]| {
+        let fixed = [run, "--extractor", "raw_pixels", "-n", "12", "--teacher-samples", "drawn"];
+        let row = rows(&workshop, &[&fixed[..], more].concat())?.remove(0);
+        Ok::<Value, Box<dyn std::error::Error>>(row["missing_classes"].clone())
+    };
+    let missing = measured("runs/poor", &[])?;
+    assert_eq!(missing["classes"], serde_json::json!(["class0", "class2"]));
+    assert_eq!(missing["samples"], 8);
+    assert!(number(&missing, "frechet_to_teacher") > 0.0, "{missing}");
+    for more in [&["--reference", "data"][..], &["--shift-samples", "6"], &["--data", "data"]] {
+        assert_eq!(measured("runs/poor", more)?, missing, "{more:?}");
+    }
+    assert!(measured("runs/all", &["--reference", "data"])?.is_null());
+
+    // Without the data that is not known, which is no error and is said.
+    fs::rename(workshop.path("data"), workshop.path("moved"))?;
+    assert!(measured("runs/poor", &["--reference", "moved"])?.is_null());
+    let call = ["evaluate", "runs/poor", "--reference", "moved", "--extractor", "raw_pixels"];
+    let ended = workshop.ddil(&[&call[..], &["-n", "12"]].concat()).succeeded();
+    let said: Vec<&str> =
+        ended.stderr.lines().filter(|line| line.contains("data of the run lack")).collect();
+    let place = workshop.path("data").display().to_string();
+    assert!(said.len() == 1 && said[0].contains(&place), "{}", ended.stderr);
+    Ok(())
+}
+
+/// Of samples in files, the classes are those of the model that drew them.
+#[test]
+fn the_model_of_samples_is_opened_first_and_warned_of_without_effect() -> TestResult {
+    let workshop = Workshop::with_teacher();
+    fs::create_dir(workshop.path("drawn"))?;
+    let draw = ["sample", "teacher", "-n", "12", "--steps", "2", "--output", "drawn/a.safetensors"];
+    workshop.ddil(&draw).succeeded();
+    let drawn = ["drawn", "--reference", "data", "--classes-of"];
+    let with = |more: &[&'static str]| [&drawn[..], more].concat();
+    refused(&workshop, &with(&["none", "--extractor", "none.pt"]), &["--classes-of", "none"]);
+    refused(&workshop, &["data", "--classes-of", "teacher"], &["--classes-of is for", "data"]);
+    let call = [&["evaluate"], &with(&["teacher", "--extractor", "raw_pixels"])[..]].concat();
+    let ended = workshop.ddil(&call).succeeded();
+    for words in ["--classes-of has no effect", "raw-pixels-1x8x8", "the classes of teacher"] {
+        assert!(ended.stderr.contains(words), "{words}: {}", ended.stderr);
+    }
+    Ok(())
+}
+
 /// `ddil evaluate` with these arguments is refused with these words.
 #[track_caller]
 fn refused(workshop: &Workshop, arguments: &[&str], words: &[&str]) {

@@ -35,7 +35,10 @@ pub(super) fn prompts(args: &EvaluateArgs) -> anyhow::Result<Option<EvaluationPr
     let prompts = EvaluationPrompts::from_file(path, captions, options.max_prompts)
         .and_then(|prompts| prompts.with_images_per_prompt(options.images_per_prompt))
         .map_err(as_option)?
-        .with_text_around(&options.prompt_prefix, &options.prompt_suffix)
+        .with_text_around(
+            options.prompt_prefix.as_deref().unwrap_or_default(),
+            options.prompt_suffix.as_deref().unwrap_or_default(),
+        )
         .with_negative_prompt(options.negative_prompt.as_deref());
     protocol::ensure(args, &prompts)?;
     let measures = [&options.clip, &options.lpips].iter().any(|path| path.is_some());

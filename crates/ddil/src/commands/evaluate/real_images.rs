@@ -12,7 +12,7 @@ use ddil_evaluate::{
 use ddil_files::settings::Settings;
 use ddil_metrics::{FASHION_CLASSES, FeatureExtractor, Reference};
 use ddil_trainer::config::{DataKind, DataSection, parse_device};
-use ddil_trainer::{images_for, read_fashion_mnist, read_images};
+use ddil_trainer::{images_for, labels_for, read_fashion_mnist, read_images};
 use serde::Deserialize;
 use tch::Tensor;
 
@@ -82,10 +82,8 @@ impl RealImages {
             anyhow::Ok(reference_of_images("teacher", &images, &*extractor)?)
         });
         let train = loaded.map(|loaded| loaded.train);
-        let missing_classes = match (&train, &data, subject) {
-            (Some(train), Some((section, _)), Subject::Model(model)) => {
-                missing_classes(train, section, model)?
-            }
+        let missing_classes = match subject {
+            Subject::Model(model) => missing_classes(model),
             _ => Vec::new(),
         };
         let is_folder = data.as_ref().is_some_and(|(of, _)| of.kind == DataKind::ImageFolder);
@@ -114,8 +112,8 @@ impl RealImages {
             (SamplesOfClasses::new(features, class_names)?, &*self.extractor);
         measurement.class_agreement = samples.agreement(extractor)?;
         let missing = &self.missing_classes;
-        // A covariance requires two samples; fewer are too few for any metric.
-        if !missing.is_empty() && features.size()[0] > class_names.len() as i64 {
+        // Two samples of each class or more: a covariance requires two, and fewer are too few for any metric.
+        if !missing.is_empty() && features.size()[0] >= 2 * class_names.len() as i64 {
             let found = samples.of_missing(missing, self.teacher.as_ref(), extractor)?;
             measurement.missing_classes = Some(found);
         }
@@ -308,22 +306,21 @@ fn of_run(
     })
 }
 
-/// Labels of the model's classes that the data of its run lack; none if `section` names other data.
-fn missing_classes(
-    train: &ImageDataset,
-    section: &DataSection,
-    model: &Model,
-) -> anyhow::Result<Vec<usize>> {
-    let Some(config) = model.source.config() else { return Ok(Vec::new()) };
-    let own = data_section(&config)?;
-    if (own.kind, &own.path) != (section.kind, &section.path) {
-        return Ok(Vec::new());
-    }
-    let images = images_for(train, &own, &model.pipeline)?;
-    let Some(labels) = images.labels() else { return Ok(Vec::new()) };
-    let present: BTreeSet<i64> = Vec::<i64>::try_from(labels)?.into_iter().collect();
-    let is_missing = |label: &usize| !present.contains(&(*label as i64));
-    Ok((0..model.pipeline.card.class_names.len()).filter(is_missing).collect())
+/// Labels of the model's classes that the data of its run lack; none, with a warning, if these data cannot be read.
+fn missing_classes(model: &Model) -> Vec<usize> {
+    let count = model.pipeline.card.class_names.len();
+    let Some(config) = model.source.config().filter(|_| count > 0) else { return Vec::new() };
+    let labels = data_section(&config)
+        .and_then(|section| Ok(labels_for(&section, &model.pipeline)?))
+        .unwrap_or_else(|error| {
+            tracing::warn!(
+                "the classes that the data of the run lack are not measured, because the data cannot be read: {error:#}"
+            );
+            None
+        });
+    let Some(labels) = labels else { return Vec::new() };
+    let present: BTreeSet<i64> = labels.into_iter().collect();
+    (0..count).filter(|&label| !present.contains(&(label as i64))).collect()
 }
 
 /// The data named on the command line, or in a config file.
