@@ -152,6 +152,11 @@ class Rows:
         print(f"| {images} | {tool} | {metric} | {theirs:.8g} | {ours:.8g} | {error:.1e}{word} | {bound:.0e} |", flush=True)
 
 
+def largest_gap(found: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference of the rows `theirs` from the closest of `found`: saved features are in a random order."""
+    return max(np.abs(found - row).max(axis=1).min() for row in theirs)
+
+
 def decoders(rows: Rows, ddil: Ddil, work: pathlib.Path) -> None:
     """Differences of decoded pixels from Pillow's."""
     for subsampling, name in ((0, "colours at full resolution"), (1, "colours at half the width"), (2, "colours at half the size")):
@@ -161,8 +166,8 @@ def decoders(rows: Rows, ddil: Ddil, work: pathlib.Path) -> None:
             image = field(np.random.default_rng(index), (48, 48))
             image.save(folder / f"{index:02}.jpg", quality=90, subsampling=subsampling)
         theirs = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1).ravel() for path in sorted(folder.iterdir())])
-        gap = np.abs((ddil.features(folder, "raw_pixels", None) + 1) * 127.5 - theirs)
-        rows.add("16 jpg", f"Pillow, {name}", "largest difference in levels", 0, gap.max(), 1e-3)
+        gap = largest_gap((ddil.features(folder, "raw_pixels", None) + 1) * 127.5, theirs)
+        rows.add("16 jpg", f"Pillow, {name}", "largest difference in levels", 0, gap, 1e-3)
 
 
 def fidelity(weights: pathlib.Path, drawn: pathlib.Path, real: pathlib.Path, count: int) -> dict:
@@ -275,7 +280,7 @@ def prompted(rows: Rows, ddil: Ddil, work: pathlib.Path, count: int) -> None:
         pixels = torch.cat([DINOV2_IMAGES(image, return_tensors="pt").pixel_values for image in loaded])
         features = dinov2(pixels).pooler_output.numpy()
     found = ddil.features(images, dinov2_folder, None)
-    theirs, error = np.abs(features).max(), np.abs(found - features).max()
+    theirs, error = np.abs(features).max(), largest_gap(found, features)
     rows.add(title, "transformers", "DINOv2 features, largest difference", theirs, theirs + error, CLIP)
 
 
