@@ -72,7 +72,12 @@ impl<'a> Distillation<'a> {
         let (lab, budget) = (self.lab, self.budget);
         let needs = self.objective.requirements();
         let counts = Counts::default();
-        let [model, target, critic] = [lab.copy(start)?, lab.copy(start)?, lab.copy(start)?];
+        let [model, target] = [lab.copy(start)?, lab.copy(start)?];
+        let critic = if needs.critic_sees_states {
+            lab.critic_that_sees_states(start)?
+        } else {
+            lab.copy(start)?
+        };
         let student = Counting::new(lab.denoiser(&model)?, &counts.student);
         let teacher = lab.teacher(self.thresholding.clone(), &counts.teacher)?;
         let averaged = Counting::new(lab.denoiser(&target)?, &counts.student);

@@ -1,6 +1,7 @@
 //! The parts that all runs on one mixture and seed share.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use ddil_core::{
@@ -66,7 +67,15 @@ impl Lab {
 
     /// A network of about 10 000 parameters.
     pub(crate) fn network(&self) -> Result<Rc<Model>> {
-        let config = MlpConfig {
+        self.built(self.network_config())
+    }
+
+    fn built(&self, config: MlpConfig) -> Result<Rc<Model>> {
+        Ok(Rc::new(ModelConfig::Mlp(config).build(Placement::default(), self.streams.seed)?))
+    }
+
+    fn network_config(&self) -> MlpConfig {
+        MlpConfig {
             time_features: 16,
             num_class_embeds: Some(self.mixture().num_classes() as u32),
             class_features: 8,
@@ -75,8 +84,7 @@ impl Lab {
                 schedule: self.schedule.config().clone(),
             }),
             ..MlpConfig::default()
-        };
-        Ok(Rc::new(ModelConfig::Mlp(config).build(Placement::default(), self.streams.seed)?))
+        }
     }
 
     /// A network with the weights of another.
@@ -84,6 +92,30 @@ impl Lab {
         let model = self.network()?;
         model.parameters().copy_from(of.parameters())?;
         Ok(model)
+    }
+
+    /// A copy of a network with a further input, a number for each sample's state, that has no effect at first.
+    pub(crate) fn critic_that_sees_states(&self, of: &Model) -> Result<Rc<Model>> {
+        let config = self.network_config();
+        let class_width = i64::from(config.class_features);
+        let critic = self.built(MlpConfig { embed_guidance: true, ..config })?;
+        let weights: BTreeMap<String, Tensor> = of.parameters().learned().into_iter().collect();
+        let _no_grad = tch::no_grad_guard();
+        for (name, mut own) in critic.parameters().learned() {
+            let weight = weights.get(&name).ok_or_else(|| format!("the network has no {name}"))?;
+            if own.size() == weight.size() {
+                own.copy_(weight);
+                continue;
+            }
+            // The inputs of the first layer: sample and time, the number, the class.
+            let (width, own_width) = (weight.size()[1], own.size()[1]);
+            let before = width - class_width;
+            let _ = own.zero_();
+            own.narrow(1, 0, before).copy_(&weight.narrow(1, 0, before));
+            let class = weight.narrow(1, before, class_width);
+            own.narrow(1, own_width - class_width, class_width).copy_(&class);
+        }
+        Ok(critic)
     }
 
     pub(crate) fn denoiser(&self, model: &Rc<Model>) -> Result<NetworkDenoiser> {

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::thread;
 
 use ddil_examples::Result;
+use ddil_losses::ObjectiveConfig;
 
 use crate::cell::{Arm, Budget, Cell, Method, Setting};
 
@@ -22,6 +23,7 @@ pub(crate) struct Options {
     critic_learning_rate: Option<f64>,
     start_updates: Option<u64>,
     start_learning_rate: Option<f64>,
+    critic_sees_timestep: bool,
     pub(crate) workers: usize,
     pub(crate) out: PathBuf,
     pub(crate) report: bool,
@@ -41,6 +43,7 @@ impl Options {
             critic_learning_rate: None,
             start_updates: None,
             start_learning_rate: None,
+            critic_sees_timestep: false,
             workers: thread::available_parallelism()?.get(),
             out: "runs/toy_matrix".into(),
             report: false,
@@ -50,6 +53,7 @@ impl Options {
             match argument.as_str() {
                 "--report" => options.report = true,
                 "--smoke" => options.smoke = true,
+                "--critic-sees-timestep" => options.critic_sees_timestep = true,
                 name => {
                     let value =
                         arguments.next().ok_or_else(|| format!("{name} requires a value"))?;
@@ -118,7 +122,10 @@ impl Options {
     }
 
     pub(crate) fn budget(&self, method: Method) -> Budget {
-        let budget = Budget::of(method);
+        let mut budget = Budget::of(method);
+        if let ObjectiveConfig::Dmd2(config) = &mut budget.objective {
+            config.critic_sees_timestep = self.critic_sees_timestep;
+        }
         let budget = Budget {
             updates: self.updates.unwrap_or(budget.updates),
             learning_rate: self.learning_rate.unwrap_or(budget.learning_rate),

@@ -668,35 +668,47 @@ impl Discriminator for WeightRecorder {
 }
 
 #[test]
-fn a_critic_that_sees_the_source_models_one_distribution_per_source() {
+fn a_critic_that_sees_states_models_one_distribution_per_source_and_timestep() {
     let [schedule, ..] = schedules();
     let constant =
         |factor: f64| Linear { schedule: schedule.clone(), factor: Tensor::from(factor) };
     // The student returns 2, the teacher 0, and the critic its guidance weight.
     let (student, teacher, critic) = (constant(2.0), constant(0.0), Echo(schedule.clone()));
     let recorder = WeightRecorder::default();
-    let mut batch = states(Tensor::ones([5, 3], kind::DOUBLE_CPU), &trailing(4), &[1; 5]);
+    let indices = [1, 0, 3, 0, 2];
+    let mut batch = states(Tensor::ones([5, 3], kind::DOUBLE_CPU), &trailing(4), &indices);
     batch.sources =
         vec![Source::Forward, Source::Student, Source::Teacher, Source::Noise, Source::Mixed];
-    let numbers = vec![1.0, 0.0, 2.0, 0.0, 3.0];
+    let sources = [1.0, 0.0, 2.0, 0.0, 3.0];
+    let timesteps = indices.map(|index| index as f64);
+    // Four timesteps for each source.
+    let both = [5.0, 0.0, 11.0, 0.0, 14.0];
     let real = Data::new(batch.x_t.zeros_like());
 
-    for (critic_sees_source, received) in [(true, Some(numbers.clone())), (false, None)] {
-        let config =
-            Dmd2Config::default().with(|config| config.critic_sees_source = critic_sees_source);
-        let dmd2 = method(&schedule, config);
-        assert_eq!(dmd2.requirements().critic_sees_source, critic_sees_source);
+    for (of_source, of_timestep, numbers) in [
+        (false, false, None),
+        (true, false, Some(sources)),
+        (false, true, Some(timesteps)),
+        (true, true, Some(both)),
+    ] {
+        let dmd2 = method(
+            &schedule,
+            Dmd2Config::default().with(|config| {
+                config.critic_sees_source = of_source;
+                config.critic_sees_timestep = of_timestep;
+            }),
+        );
+        assert_eq!(dmd2.requirements().critic_sees_states, numbers.is_some());
         let networks = with_discriminator(networks_of(&student, &teacher, &critic), &recorder);
         let terms = loss(&dmd2, &request(Phase::Student, &batch, networks));
         let gradient = terms.student_x0 - terms.target;
-        for (row, number) in numbers.iter().enumerate() {
-            let expected = if critic_sees_source { number / 2.0 } else { 0.0 };
-            assert!((gradient.double_value(&[row as i64, 0]) - expected).abs() < 1e-5, "{row}");
+        for (row, number) in numbers.unwrap_or_default().iter().enumerate() {
+            assert!((gradient.double_value(&[row as i64, 0]) - number / 2.0).abs() < 1e-5, "{row}");
         }
         let base = request(Phase::Critic, &batch, networks);
         loss(&dmd2, &base.with_real(&real));
         // The student's samples in its own phase, then fake and real ones in the critic's: all have the same conditioning.
-        assert_eq!(recorder.0.take(), vec![received; 3]);
+        assert_eq!(recorder.0.take(), vec![numbers.map(Vec::from); 3]);
     }
 }
 

@@ -108,6 +108,7 @@ fn settings_are_read_as_they_were_written() {
         config.critic_weighting = Some(Weighting::SnrPlusOne);
         config.critic_weight_cap = 100.0;
         config.critic_sees_source = true;
+        config.critic_sees_timestep = true;
         config.gan = false;
         config.gan_weight = 1e-3;
         config.critic_gan_weight = 1.0;

@@ -135,6 +135,12 @@ pub struct Dmd2Config {
     /// critic must accept a guidance weight, whose input then carries the source.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub critic_sees_source: bool,
+    /// Whether the critic is conditioned on the timestep of each sample's state, and so models one distribution per
+    /// step of the student; default false, as published: one distribution for all steps. Without it, samples of one
+    /// step can compensate for the errors of another, for instance those of the last step for the blurred ones of the
+    /// first, which no longer match the teacher's. The critic must accept a guidance weight, as for the source.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub critic_sees_timestep: bool,
     /// Whether a discriminator is trained along with the critic, on dataset samples; default true.
     pub gan: bool,
     /// Factor of the student's adversarial loss; default 0.005.
@@ -153,6 +159,7 @@ impl Default for Dmd2Config {
             critic_weighting: None,
             critic_weight_cap: 1e4,
             critic_sees_source: false,
+            critic_sees_timestep: false,
             gan: true,
             gan_weight: 5e-3,
             critic_gan_weight: 1e-2,
@@ -357,23 +364,28 @@ impl Dmd2 {
     /// The critic's conditioning for samples of `states`, or for real samples compared with these.
     fn critic_conditioning(&self, conditioning: &Conditioning, states: &States) -> Conditioning {
         let conditioning = conditioning.shallow_clone();
-        if !self.config.critic_sees_source {
+        if !self.critic_sees_states() {
             return conditioning;
         }
-        let number = |source: &Source| match source {
-            // The start of a trajectory belongs to the trajectory.
-            Source::Student | Source::Noise => 0.0_f32,
-            Source::Forward => 1.0,
-            Source::Teacher => 2.0,
-            Source::Mixed => 3.0,
-            // All added sources count as one.
-            Source::Added(_) => 4.0,
+        let Dmd2Config { critic_sees_source, critic_sees_timestep, .. } = self.config;
+        // A different number for each pair of what the critic sees.
+        let per_source = if critic_sees_timestep { self.grid().len() } else { 1 };
+        let number = |(source, index): (&Source, &usize)| {
+            let of_source = if critic_sees_source { source_number(source) * per_source } else { 0 };
+            let of_timestep = if critic_sees_timestep { *index } else { 0 };
+            (of_source + of_timestep) as f32
         };
-        let numbers: Vec<f32> = states.sources.iter().map(number).collect();
+        let numbers: Vec<f32> =
+            states.sources.iter().zip(&states.grid_indices).map(number).collect();
         let device = states.x_t.device();
         // Asynchronous: a blocking copy would synchronise with the device.
         let numbers = Tensor::from_slice(&numbers).to_device_(device, Kind::Float, true, false);
         conditioning.with_guidance_weight(numbers)
+    }
+
+    /// Whether the critic is told which states its samples come from.
+    fn critic_sees_states(&self) -> bool {
+        self.config.critic_sees_source || self.config.critic_sees_timestep
     }
 
     /// The networks and data that the phase requires, or an error with what is missing.
@@ -465,7 +477,7 @@ impl Dmd2 {
         let mut parts = vec![("fake_score", per_sample.detach())];
         if let (Some(discriminator), Some(real)) = (inputs.discriminator, inputs.real) {
             let fake = self.discriminate(&x0, conditioning, discriminator, &mut generator)?;
-            // Conditioned on the same sources as the fake samples: otherwise the source alone would identify the fakes.
+            // Conditioned on the same states as the fake samples: otherwise these alone would identify the fakes.
             let real_conditioning = &self.critic_conditioning(&real.conditioning, states);
             let real =
                 self.discriminate(&real.x0, real_conditioning, discriminator, &mut generator)?;
@@ -489,6 +501,19 @@ impl Dmd2 {
         ensure_one_schedule(&self.schedule, [("student", networks.student)])?;
         let _no_grad = tch::no_grad_guard();
         Ok(networks.student.predict(&states.x_t, &states.timesteps, &states.conditioning)?.x0)
+    }
+}
+
+/// The number of a source for a critic that sees it.
+fn source_number(source: &Source) -> usize {
+    match source {
+        // The start of a trajectory belongs to the trajectory.
+        Source::Student | Source::Noise => 0,
+        Source::Forward => 1,
+        Source::Teacher => 2,
+        Source::Mixed => 3,
+        // All added sources count as one.
+        Source::Added(_) => 4,
     }
 }
 
@@ -518,7 +543,7 @@ impl Objective for Dmd2 {
     fn requirements(&self) -> Requirements {
         Requirements {
             critic: true,
-            critic_sees_source: self.config.critic_sees_source,
+            critic_sees_states: self.critic_sees_states(),
             discriminator: self.config.gan,
             ..Requirements::default()
         }

@@ -87,8 +87,9 @@ pub struct Requirements {
     pub target_decay: Option<f64>,
     /// Whether [`Networks::critic`] is required.
     pub critic: bool,
-    /// Whether the critic must accept a guidance weight, whose input carries the source of a sample's state.
-    pub critic_sees_source: bool,
+    /// Whether the critic must accept a guidance weight, whose input carries a number for each sample's state: its
+    /// source, its timestep, or both.
+    pub critic_sees_states: bool,
     /// Whether the critic must have a discriminator, and the request real data.
     pub discriminator: bool,
 }
@@ -100,7 +101,7 @@ impl Default for Requirements {
             teacher: true,
             target_decay: None,
             critic: false,
-            critic_sees_source: false,
+            critic_sees_states: false,
             discriminator: false,
         }
     }

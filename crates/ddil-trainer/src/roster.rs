@@ -12,8 +12,8 @@ use ddil_models::{
 use crate::config::{DistillConfig, LoraSection};
 use crate::error::{Error, Result};
 
-/// Width of the embedding of a sample's source, one of four numbers, in a critic that receives it.
-const SOURCE_WIDTH: u32 = 32;
+/// Width of the embedding of the number of a sample's state, its source or timestep, in a critic that receives it.
+const STATE_WIDTH: u32 = 32;
 
 /// The networks of one stage.
 #[derive(Clone, Debug)]
@@ -128,8 +128,8 @@ impl CriticForm {
         teacher: &ModelConfig,
         [_, height, width]: [i64; 3],
     ) -> Result<Self> {
-        let model = if requirements.critic_sees_source {
-            teacher.clone().with_time_cond_proj_dim(SOURCE_WIDTH)?
+        let model = if requirements.critic_sees_states {
+            teacher.clone().with_time_cond_proj_dim(STATE_WIDTH)?
         } else {
             teacher.clone()
         };
