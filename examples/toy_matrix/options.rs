@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::thread;
 
 use ddil_examples::Result;
-use ddil_losses::ObjectiveConfig;
+use ddil_losses::{MatchingTimesteps, ObjectiveConfig};
 
 use crate::cell::{Arm, Budget, Cell, Method, Setting};
 
@@ -24,6 +24,7 @@ pub(crate) struct Options {
     start_updates: Option<u64>,
     start_learning_rate: Option<f64>,
     critic_sees_timestep: bool,
+    up_to_state: bool,
     pub(crate) workers: usize,
     pub(crate) out: PathBuf,
     pub(crate) report: bool,
@@ -44,6 +45,7 @@ impl Options {
             start_updates: None,
             start_learning_rate: None,
             critic_sees_timestep: false,
+            up_to_state: false,
             workers: thread::available_parallelism()?.get(),
             out: "runs/toy_matrix".into(),
             report: false,
@@ -54,6 +56,7 @@ impl Options {
                 "--report" => options.report = true,
                 "--smoke" => options.smoke = true,
                 "--critic-sees-timestep" => options.critic_sees_timestep = true,
+                "--up-to-state" => options.up_to_state = true,
                 name => {
                     let value =
                         arguments.next().ok_or_else(|| format!("{name} requires a value"))?;
@@ -125,6 +128,9 @@ impl Options {
         let mut budget = Budget::of(method);
         if let ObjectiveConfig::Dmd2(config) = &mut budget.objective {
             config.critic_sees_timestep = self.critic_sees_timestep;
+            if self.up_to_state {
+                config.dm_timesteps = MatchingTimesteps::UpToState;
+            }
         }
         let budget = Budget {
             updates: self.updates.unwrap_or(budget.updates),

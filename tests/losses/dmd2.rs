@@ -5,9 +5,9 @@ use ddil_core::{
     PriorSchedule, Priors, RandomStreams, RolloutNetworks, Source, States, Stream,
 };
 use ddil_losses::{
-    Critic, Dmd2, Dmd2Config, LossRequest, LossTerms, Networks, Objective, ObjectiveConfig, Phase,
-    Requirements, TimestepWeights, Weighting, discriminator_loss, distribution_matching_gradient,
-    generator_loss, squared_error,
+    Critic, Dmd2, Dmd2Config, LossRequest, LossTerms, MatchingTimesteps, Networks, Objective,
+    ObjectiveConfig, Phase, Requirements, TimestepWeights, Weighting, discriminator_loss,
+    distribution_matching_gradient, generator_loss, squared_error,
 };
 use ddil_schedulers::{ConsistencyBoundary, NoiseSchedule, Prediction, PredictionType};
 use tch::{Device, Kind, Tensor, kind};
@@ -458,6 +458,39 @@ fn timesteps_are_drawn_from_the_whole_of_their_range() {
         // Three standard errors of the mean of a uniform distribution.
         let error = (high - low) as f64 / 12_f64.sqrt() / 20_000_f64.sqrt();
         assert!((mean - f64::midpoint(low as f64, high as f64)).abs() < 3.0 * error, "{mean}");
+    }
+}
+
+#[test]
+fn a_state_is_compared_at_most_as_noisy_as_itself_if_set() {
+    let [schedule, ..] = schedules();
+    let student = Linear { schedule: schedule.clone(), factor: Tensor::from(1.0) };
+    let grid = trailing(4);
+    let indices: Vec<usize> = (0..4).flat_map(|index| [index; 5000]).collect();
+    let batch = states(Tensor::zeros([20_000, 1], kind::FLOAT_CPU), &grid, &indices);
+    // The last state, at timestep 249, is below the least noisy timestep of the second setting.
+    for (min, low) in [(0.02, 20), (0.3, 300)] {
+        let teacher = Recorder::new(schedule.clone());
+        let dmd2 = method(
+            &schedule,
+            no_gan().with(|config| {
+                config.dm_min_timestep = min;
+                config.dm_timesteps = MatchingTimesteps::UpToState;
+            }),
+        );
+        loss(&dmd2, &request(Phase::Student, &batch, networks_of(&student, &teacher, &student)));
+        let drawn = teacher.calls.borrow()[0].0.clone();
+        for (index, &own) in grid.as_slice().iter().enumerate() {
+            let of_state = &drawn[index * 5000..(index + 1) * 5000];
+            let high = own.min(980).max(low);
+            let range = (of_state.iter().min(), of_state.iter().max());
+            assert_eq!(range, (Some(&low), Some(&high)), "{own}");
+            let mean = of_state.iter().sum::<i64>() as f64 / 5000.0;
+            let count = (high - low + 1) as f64;
+            let error = ((count * count - 1.0) / 12.0 / 5000.0).sqrt();
+            let gap = (mean - f64::midpoint(low as f64, high as f64)).abs();
+            assert!(gap <= 4.0 * error, "{own}: {mean}");
+        }
     }
 }
 

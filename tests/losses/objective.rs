@@ -1,6 +1,6 @@
 use ddil_losses::{
-    ConsistencyDistance, Dmd2Config, LatentConsistencyConfig, Networks, ObjectiveConfig, Phase,
-    ProgressiveConfig, Requirements, Solver, Weighting,
+    ConsistencyDistance, Dmd2Config, LatentConsistencyConfig, MatchingTimesteps, Networks,
+    ObjectiveConfig, Phase, ProgressiveConfig, Requirements, Solver, Weighting,
 };
 use ddil_schedulers::PredictionType;
 use tch::{Tensor, kind};
@@ -105,6 +105,7 @@ fn settings_are_read_as_they_were_written() {
         config.dm_weight = 0.5;
         config.dm_min_timestep = 0.0;
         config.dm_max_timestep = 1.0;
+        config.dm_timesteps = MatchingTimesteps::UpToState;
         config.critic_weighting = Some(Weighting::SnrPlusOne);
         config.critic_weight_cap = 100.0;
         config.critic_sees_source = true;

@@ -105,6 +105,26 @@ pub fn discriminator_loss(real_logits: &Tensor, fake_logits: &Tensor) -> Result<
     Ok(((-real_logits).softplus(), fake_logits.softplus()))
 }
 
+/// The noise levels at which the samples of a state are compared with the teacher, of those from
+/// [`Dmd2Config::dm_min_timestep`] to [`Dmd2Config::dm_max_timestep`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum MatchingTimesteps {
+    /// All, whatever the state: the default, as published.
+    #[default]
+    All,
+    /// Those at most as noisy as the state itself. What is decided at noisier levels is in the state already. A
+    /// guided teacher, which exaggerates at noisy levels, then does so once and not again at each step of the student.
+    UpToState,
+}
+
+impl MatchingTimesteps {
+    fn is_all(&self) -> bool {
+        *self == Self::All
+    }
+}
+
 /// The settings of [`Dmd2`]; the defaults are those published for SDXL in four steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -119,6 +139,9 @@ pub struct Dmd2Config {
     pub dm_min_timestep: f64,
     /// The noisiest of these timesteps, as a fraction of all; default 0.98.
     pub dm_max_timestep: f64,
+    /// Which of these timesteps are for a state; default [`MatchingTimesteps::All`].
+    #[serde(skip_serializing_if = "MatchingTimesteps::is_all")]
+    pub dm_timesteps: MatchingTimesteps,
     /// The weight of the critic's error in the clean data at each noise level. The default, none, is
     /// [`Weighting::of`] the network's output if that is known
     /// ([`ObjectiveConfig::trained_to_predict`](crate::ObjectiveConfig::trained_to_predict)), otherwise `snr`, the
@@ -156,6 +179,7 @@ impl Default for Dmd2Config {
             dm_weight: 1.0,
             dm_min_timestep: 0.02,
             dm_max_timestep: 0.98,
+            dm_timesteps: MatchingTimesteps::All,
             critic_weighting: None,
             critic_weight_cap: 1e4,
             critic_sees_source: false,
@@ -226,7 +250,7 @@ impl Dmd2Config {
 ///
 /// | phase | loss | noised to |
 /// |---|---|---|
-/// | student | half the squared distance of `x0` and `x0 - gradient`, times `dm_weight`: its gradient is [`distribution_matching_gradient`] | 2 % to 98 % of the timesteps |
+/// | student | half the squared distance of `x0` and `x0 - gradient`, times `dm_weight`: its gradient is [`distribution_matching_gradient`] | 2 % to 98 % of the timesteps, or up to the state's own (`dm_timesteps`) |
 /// | | plus [`generator_loss`] of the noised `x0`, times `gan_weight` | any timestep |
 /// | critic | squared error of the critic's prediction from the noised `x0`, weighted by `critic_weighting` | any timestep |
 /// | | plus [`discriminator_loss`] of noised `x0` and of noised dataset samples, times `critic_gan_weight` | any timestep, drawn separately |
@@ -321,22 +345,38 @@ impl Dmd2 {
         (at(self.config.dm_min_timestep), at(self.config.dm_max_timestep))
     }
 
-    /// Clean data noised to timesteps drawn uniformly from `low..=high`.
-    fn noised(
+    /// The timesteps at which samples of `states` are compared with the teacher, `[batch]`.
+    fn draw_matching_timesteps(
         &self,
-        x0: &Tensor,
-        (low, high): (i64, i64),
+        states: &States,
         generator: &mut Generator,
-    ) -> Result<Noised> {
-        let timesteps = generator.randint(low, high + 1, &x0.size()[..1]);
-        let timesteps = timesteps.map_err(ddil_core::Error::from)?;
+    ) -> Result<Tensor> {
+        let (low, high) = self.matching_timesteps();
+        let shape = &states.x_t.size()[..1];
+        if self.config.dm_timesteps.is_all() {
+            return uniform_timesteps((low, high), shape, generator);
+        }
+        // A sample has its own number of timesteps; the least noisy one is left to a state below it.
+        let share = generator.uniform(shape, Kind::Double).map_err(ddil_core::Error::from)?;
+        let drawn = || {
+            let count = states.timesteps.f_clamp(low, high)?.f_sub_scalar(low - 1)?;
+            let above = (share * &count).f_floor()?.f_to_kind(Kind::Int64)?;
+            above.f_minimum(&count.f_sub_scalar(1)?)?.f_add_scalar(low)
+        };
+        drawn().map_err(Error::torch(OP))
+    }
+
+    /// Clean data noised to given timesteps.
+    fn noised(&self, x0: &Tensor, timesteps: Tensor, generator: &mut Generator) -> Result<Noised> {
         let noise = generator.normal(x0.size(), x0.kind()).map_err(ddil_core::Error::from)?;
         Ok(Noised { x_t: self.schedule.add_noise(x0, &noise, &timesteps)?, timesteps })
     }
 
     /// Clean data noised to timesteps drawn uniformly from the whole grid.
     fn noised_anywhere(&self, x0: &Tensor, generator: &mut Generator) -> Result<Noised> {
-        self.noised(x0, (0, self.schedule.last_timestep()), generator)
+        let range = (0, self.schedule.last_timestep());
+        let timesteps = uniform_timesteps(range, &x0.size()[..1], generator)?;
+        self.noised(x0, timesteps, generator)
     }
 
     /// The discriminator's logits, `[batch]`, of `x0` noised to random timesteps.
@@ -451,7 +491,8 @@ impl Dmd2 {
     ) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let (teacher, conditioning) = (request.networks.teacher, &request.states.conditioning);
-        let Noised { x_t, timesteps } = self.noised(x0, self.matching_timesteps(), generator)?;
+        let timesteps = self.draw_matching_timesteps(request.states, generator)?;
+        let Noised { x_t, timesteps } = self.noised(x0, timesteps, generator)?;
         let fake = critic.predict(&x_t, &timesteps, critic_conditioning)?.x0;
         let real = teacher.predict(&x_t, &timesteps, conditioning)?.x0;
         distribution_matching_gradient(x0, &fake, &real)
@@ -502,6 +543,15 @@ impl Dmd2 {
         let _no_grad = tch::no_grad_guard();
         Ok(networks.student.predict(&states.x_t, &states.timesteps, &states.conditioning)?.x0)
     }
+}
+
+/// Timesteps drawn uniformly from `low..=high`.
+fn uniform_timesteps(
+    (low, high): (i64, i64),
+    shape: &[i64],
+    generator: &mut Generator,
+) -> Result<Tensor> {
+    Ok(generator.randint(low, high + 1, shape).map_err(ddil_core::Error::from)?)
 }
 
 /// The number of a source for a critic that sees it.

@@ -78,7 +78,8 @@ pub use config::ObjectiveConfig;
 pub use ddil_files::Report;
 pub use distance::{pseudo_huber, squared_error};
 pub use dmd2::{
-    Dmd2, Dmd2Config, discriminator_loss, distribution_matching_gradient, generator_loss,
+    Dmd2, Dmd2Config, MatchingTimesteps, discriminator_loss, distribution_matching_gradient,
+    generator_loss,
 };
 pub use error::{Error, Result};
 pub use guidance::TeacherGuidance;
