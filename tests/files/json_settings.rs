@@ -2,7 +2,7 @@
 
 use ddil_files::{Error, JsonSettings};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -174,4 +174,31 @@ fn json_of_another_type_is_refused_in_the_terms_of_the_file() {
             assert_eq!(ddil_tests::words_of_rust(&message), [""; 0], "{message}");
         }
     }
+}
+
+/// What Python's `json.dumps` and editors of Windows write.
+#[test]
+fn numbers_that_are_not_finite_and_byte_order_marks_are_read() {
+    #[derive(serde::Deserialize)]
+    struct Row {
+        text: String,
+        score: Value,
+    }
+    let text =
+        "\u{feff}{\"text\": \"a \\\"NaN\\\"\", \"score\": -Infinity, \"rest\": [NaN, Infinity]}";
+    let row: Row = ddil_files::parse_json(text.as_bytes()).expect("as Python writes it");
+    assert_eq!((row.text.as_str(), row.score), ("a \"NaN\"", Value::from("-Infinity")));
+    let file = JsonSettings::parse(text).expect("the same");
+    assert_eq!(file.object()["rest"], serde_json::json!(["NaN", "Infinity"]));
+
+    let refused =
+        |text: &str| ddil_files::parse_json::<f64>(text.as_bytes()).unwrap_err().to_string();
+    assert!(refused("NaN").starts_with("found \"NaN\"; expected a number"), "{}", refused("NaN"));
+    for text in ["nan", "[NaN", "{NaN}", "\u{feff}\u{feff}1", "+Infinity"] {
+        ddil_files::parse_json::<Value>(text.as_bytes()).expect_err(text);
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("a.txt");
+    std::fs::write(&path, "\u{feff}text").expect("written");
+    assert_eq!(ddil_files::read_text_bounded(&path, 100).expect("text"), "text");
 }

@@ -6,8 +6,9 @@ use std::path::Path;
 use ddil_libtorch::ArgumentError;
 use ddil_libtorch::Autocast;
 use ddil_models::{
-    Error, Lora, LoraConfig, LoraFormat, MlpConfig, NetworkConfig, Placement, UNet2DConditionModel,
-    UNet2DConfig, UnknownKeys, WeightProblems, weights,
+    Error, Lora, LoraConfig, LoraFormat, MlpConfig, NetworkConfig, Placement,
+    UNet2DConditionConfig, UNet2DConditionModel, UNet2DConfig, UnknownKeys, WeightProblems,
+    weights,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -347,6 +348,146 @@ fn a_file_may_cover_fewer_layers_and_have_older_names() -> TestResult {
     assert!(!lora.layers().is_empty());
     assert!(lora.layers().iter().all(|l| l.name.ends_with("attn1.to_q") && l.alpha == 2.0));
     assert_eq!(lora.ignored(), ["lora_te1_a.lora_down.weight", "text_encoder.a.lora_A.weight"]);
+    Ok(())
+}
+
+/// The layers of Stable Diffusion 1.5 and XL under the names of the original code, as diffusers reads them, and those of
+/// `ComfyUI`, which have dots.
+#[test]
+fn names_of_the_original_code_are_those_of_diffusers() -> TestResult {
+    let text = std::fs::read(golden("lora_names.json"))?;
+    let recorded: BTreeMap<String, BTreeMap<String, String>> = serde_json::from_slice(&text)?;
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("lora.safetensors");
+    for (name, config) in
+        [("sd15", UNet2DConditionConfig::sd15()), ("sdxl", UNet2DConditionConfig::sdxl())]
+    {
+        let unet = config.without_values()?;
+        let weights: BTreeMap<_, _> = unet.parameters().shapes().into_iter().collect();
+        let mut tensors = Vec::new();
+        for (original, layer) in &recorded[name] {
+            let shape = &weights[&format!("{layer}.weight")];
+            let down = [&[1], &shape[1..]].concat();
+            let up = if shape.len() == 4 { vec![shape[0], 1, 1, 1] } else { vec![shape[0], 1] };
+            for (end, size) in [("down", down), ("up", up)] {
+                let zeros = Tensor::zeros(size, (Kind::Half, Device::Cpu));
+                tensors.push((format!("lora_unet_{original}.lora_{end}.weight"), zeros));
+            }
+        }
+        weights::save(&tensors, &path, &BTreeMap::new())?;
+        let found = Lora::from_file(unet.parameters(), &path)?;
+        let mut found: Vec<_> = found.layers().into_iter().map(|layer| layer.name).collect();
+        found.sort();
+        let mut expected: Vec<_> = recorded[name].values().cloned().collect();
+        expected.sort();
+        assert_eq!(found, expected, "{name}");
+    }
+    Ok(())
+}
+
+/// Every spelling of the same adapter is the same adapter.
+#[test]
+fn names_of_many_programs_are_read() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn1";
+    let original = "input_blocks.3.1.transformer_blocks.0.attn1";
+    let underscored = |name: &str| name.replace('.', "_");
+    let spellings: [(&str, [String; 2]); 8] = [
+        (
+            "2023",
+            ["down", "up"].map(|end| format!("unet.{attention}.processor.to_q_lora.{end}.weight")),
+        ),
+        (
+            "2023, bare",
+            ["down", "up"].map(|end| format!("{attention}.processor.to_q_lora.{end}.weight")),
+        ),
+        (
+            "PEFT",
+            ["A", "B"].map(|end| format!("base_model.model.{attention}.to_q.lora_{end}.weight")),
+        ),
+        (
+            "adapter",
+            ["A", "B"].map(|end| format!("unet.{attention}.to_q.lora_{end}.my_style.weight")),
+        ),
+        (
+            "kohya",
+            ["down", "up"]
+                .map(|end| format!("lora_unet_{}_to_q.lora_{end}.weight", underscored(original))),
+        ),
+        (
+            "LyCORIS",
+            ["down", "up"]
+                .map(|end| format!("lycoris_{}_to_q.lora_{end}.weight", underscored(attention))),
+        ),
+        (
+            "ComfyUI",
+            ["A", "B"].map(|end| format!("diffusion_model.{original}.to_q.lora_{end}.weight")),
+        ),
+        (
+            "a wrapper",
+            ["down", "up"].map(|end| format!("module.unet.{attention}.to_q.lora.{end}.weight")),
+        ),
+    ];
+    for (what, names) in spellings {
+        let (_, lora) = changed(folder.path(), |tensors| {
+            let parts = ["A", "B"].map(|end| {
+                let name = format!("unet.{attention}.to_q.lora_{end}.weight");
+                tensors.remove(&name).unwrap_or_else(|| panic!("{name}"))
+            });
+            *tensors = names.into_iter().zip(parts).collect();
+        })?;
+        let layers = lora.map_err(|error| format!("{what}: {error}"))?.layers();
+        assert_eq!(layers.len(), 1, "{what}");
+        assert_eq!(layers[0].name, format!("{attention}.to_q"), "{what}");
+    }
+    Ok(())
+}
+
+/// PEFT's own file has no alpha: it is in the settings beside it.
+#[test]
+fn settings_of_peft_are_read_beside_its_file() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let tensors: Vec<_> =
+        weights::read_all(golden("lora_sdxl").join(DIFFUSERS))?.into_iter().collect();
+    let path = folder.path().join("adapter_model.safetensors");
+    weights::save(&tensors, &path, &BTreeMap::new())?;
+    let (unet, _) = network("sdxl", Placement::default())?;
+    let read = |settings: &str| {
+        std::fs::write(folder.path().join("adapter_config.json"), settings)?;
+        let lora = Lora::from_file(unet.parameters(), &path)?;
+        let alphas: Vec<f64> = lora.layers().iter().map(|layer| layer.alpha).collect();
+        lora.detach()?;
+        Ok::<_, Box<dyn std::error::Error>>(alphas)
+    };
+    assert!(
+        read(r#"{"lora_alpha": 8, "alpha_pattern": {"^conv_in": 1}}"#)?.iter().all(|a| *a == 8.0)
+    );
+    let refused = read(r#"{"use_dora": true}"#).expect_err("no magnitudes").to_string();
+    assert!(refused.contains("use_dora") && refused.contains("DoRA"), "{refused}");
+    Ok(())
+}
+
+#[test]
+fn weight_decomposition_without_magnitudes_is_refused() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("lora.safetensors");
+    let tensors: Vec<_> =
+        weights::read_all(golden("lora_sdxl").join(DIFFUSERS))?.into_iter().collect();
+    let (unet, _) = network("sdxl", Placement::default())?;
+    for (key, settings) in [
+        ("lora_adapter_metadata", r#"{"unet.use_dora": true}"#),
+        ("ss_network_args", r#"{"dora_wd": "True"}"#),
+        ("ss_network_args", r#"{"conv_dim": "4", "dora_wd": true}"#),
+    ] {
+        let metadata = BTreeMap::from([(key.to_owned(), settings.to_owned())]);
+        weights::save(&tensors, &path, &metadata)?;
+        let refused = Lora::from_file(unet.parameters(), &path).expect_err(settings).to_string();
+        assert!(refused.contains("DoRA"), "{refused}");
+    }
+    let metadata =
+        BTreeMap::from([("ss_network_args".to_owned(), r#"{"dora_wd": "False"}"#.to_owned())]);
+    weights::save(&tensors, &path, &metadata)?;
+    Lora::from_file(unet.parameters(), &path)?;
     Ok(())
 }
 

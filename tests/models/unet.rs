@@ -53,6 +53,45 @@ fn outputs_are_those_of_diffusers() -> TestResult {
     Ok(())
 }
 
+/// The names of attention in files of 2022, alone or with the newer ones.
+#[test]
+fn names_of_2022_are_read_and_written_as_newer_ones() -> TestResult {
+    let (folder, name) = (tempfile::tempdir()?, "unet_unconditional");
+    let unet = load(name, Placement::default())?;
+    let new = unet.parameters().named();
+    let pairs = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")];
+    let old: Vec<_> = new
+        .iter()
+        .map(|(name, tensor)| {
+            let old = pairs.iter().fold(name.clone(), |name, (new, old)| {
+                name.replace(&format!(".attentions.0.{new}."), &format!(".attentions.0.{old}."))
+            });
+            (old, tensor.shallow_clone())
+        })
+        .collect();
+    assert!(old.iter().any(|(name, _)| name.ends_with("mid_block.attentions.0.proj_attn.weight")));
+    let path = folder.path().join("old.safetensors");
+    weights::save(&old, &path, &BTreeMap::new())?;
+    let read = unet.config().build_from(Placement::default(), &path)?;
+    let recorded = expected(name)?;
+    assert!(forward(&read, &recorded)?.equal(&forward(&unet, &recorded)?));
+    let mut names: Vec<_> =
+        unet.config().read_weights(&path)?.into_iter().map(|(n, _)| n).collect();
+    let mut expected: Vec<_> = new.iter().map(|(name, _)| name.clone()).collect();
+    names.sort();
+    expected.sort();
+    assert_eq!(names, expected);
+    // A name that occurs twice is an error.
+    let both: Vec<_> = old
+        .into_iter()
+        .chain(new.into_iter().filter(|(n, _)| n.contains(".attentions.0.to_q")))
+        .collect();
+    weights::save(&both, &path, &BTreeMap::new())?;
+    let refused = unet.config().build_from(Placement::default(), &path).expect_err("both");
+    assert!(refused.to_string().contains("query.weight"), "{refused}");
+    Ok(())
+}
+
 #[test]
 fn gradients_are_those_of_diffusers() -> TestResult {
     for name in GOLDEN {

@@ -1,7 +1,7 @@
 use ddil_schedulers::{
     BetaSchedule, CommonConfig, DataRange, FinalAlphaCumprod, FlowConfig, LcmConfig,
-    NoiseScheduleConfig, PredictionType, SchedulerConfig, Thresholding, TimestepSpacing, Timesteps,
-    VpConfig,
+    NoiseScheduleConfig, PredictionType, SchedulerConfig, SchedulerFile, Thresholding,
+    TimestepSpacing, Timesteps, VpConfig,
 };
 
 use crate::support::{assert_close, recorded};
@@ -198,4 +198,60 @@ fn solvers_that_are_not_here_leave_their_schedule_to_ddim() {
     assert!(refused.contains("FlowMatchEulerDiscreteScheduler"), "{refused}");
     let unknown = r#"{"_class_name": "DDIMScheduler", "use_karras_sigmas": true}"#;
     assert!(SchedulerConfig::from_json_any(unknown).is_err());
+}
+
+/// Signatures of the classes in diffusers 0.42.1.
+#[test]
+fn absent_keys_have_the_defaults_of_the_file_s_own_class() {
+    let read = |class: &str, keys: &str| {
+        let text = format!(r#"{{"_class_name": "{class}"{keys}}}"#);
+        SchedulerFile::parse(&text).expect("an object").config().expect("valid").common().clone()
+    };
+    for (class, betas, clip_sample, to_one, spacing) in [
+        ("DDIMScheduler", [1e-4, 0.02], true, true, TimestepSpacing::Leading),
+        ("LCMScheduler", [0.000_85, 0.012], false, true, TimestepSpacing::Leading),
+        ("DDPMScheduler", [1e-4, 0.02], true, true, TimestepSpacing::Leading),
+        ("PNDMScheduler", [1e-4, 0.02], false, false, TimestepSpacing::Leading),
+        ("EulerDiscreteScheduler", [1e-4, 0.02], false, true, TimestepSpacing::Linspace),
+        ("UniPCMultistepScheduler", [1e-4, 0.02], false, true, TimestepSpacing::Linspace),
+        ("HeunDiscreteScheduler", [0.000_85, 0.012], false, true, TimestepSpacing::Linspace),
+        ("KDPM2DiscreteScheduler", [0.000_85, 0.012], false, true, TimestepSpacing::Linspace),
+        ("DPMSolverSDEScheduler", [0.000_85, 0.012], false, true, TimestepSpacing::Linspace),
+    ] {
+        let common = read(class, "");
+        let found = [common.beta_start, common.beta_end];
+        assert_close(&found, &betas, 0.0);
+        let flags = (common.clip_sample, common.set_alpha_to_one, common.timestep_spacing);
+        assert_eq!(flags, (clip_sample, to_one, spacing), "{class}");
+        let given =
+            read(class, r#", "beta_end": 0.5, "clip_sample": true, "set_alpha_to_one": true"#);
+        assert!(given.clip_sample && given.set_alpha_to_one && given.beta_end > 0.4, "{class}");
+    }
+}
+
+#[test]
+fn keys_of_other_classes_are_passed_over_as_in_diffusers() {
+    let unknown = |text: &str| {
+        let file = SchedulerFile::parse(text).expect("an object");
+        file.config().expect("readable");
+        file.unknown_keys().into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let ddim =
+        r#"{"_class_name": "DDIMScheduler", "skip_prk_steps": true, "use_karras_sigmas": false}"#;
+    assert_eq!(unknown(ddim), ["skip_prk_steps", "use_karras_sigmas"]);
+    assert_eq!(
+        unknown(r#"{"_class_name": "LCMScheduler", "interpolation_type": "linear"}"#),
+        ["interpolation_type"]
+    );
+    // What diffusers writes for a scheduler that was made from another's settings.
+    let euler = r#"{"_class_name": "EulerDiscreteScheduler", "skip_prk_steps": true, "clip_sample": false, "mine": 1}"#;
+    assert_eq!(unknown(euler), ["mine"]);
+    let path = recorded("dpm_solver_scheduler_config.json");
+    let file = SchedulerFile::from_file(&path).expect("a file of diffusers");
+    assert_eq!(file.replaced_solver(), Some("DPMSolverMultistepScheduler"));
+    assert!(file.solver().expect("supported").is_some() && file.unknown_keys().is_empty());
+    let mut file = file;
+    file.settings_mut().object_mut().insert("beta_start".to_owned(), "small".into());
+    let refused = file.config().expect_err("no number");
+    assert!(refused.to_string().contains("dpm_solver_scheduler_config.json"), "{refused}");
 }

@@ -10,17 +10,24 @@
 Each folder is for the network and the inputs of `unet_condition_NAME` beside it. It holds the adapters as
 `save_lora_weights` writes them and with kohya's names, and `expected.safetensors`: the `output` with the adapters, the
 output `fused` with them in the base weights, and `gradients` of the sum of squared outputs: row i for parameter i in the
-order of their names, as record_unet.py has them, in double precision.
+order of their names, as record_unet.py has them, in double precision. `lora_names.json` has the layers of Stable Diffusion
+1.5 and XL by their names in the original code, as diffusers reads these.
 The same versions write the same bytes.
 """
 
+import json
 import pathlib
 
 import checked
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
 from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict
 from record_unet import condition_answer
 from safetensors.torch import load_file, save_file
@@ -150,9 +157,52 @@ def check_pipeline(root):
     assert max(apart, error("output")) <= checked.TOLERANCE and change > 0.01
 
 
+def original_names(config):
+    """What diffusers makes of the names of the original code in kohya's files, for the layers of one network."""
+    with torch.device("meta"):
+        model = UNet2DConditionModel(**config)
+    layers = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
+    inner = ["in_layers_2", "out_layers_3", "emb_layers_1", "skip_connection", "proj_in", "proj_out"]
+    inner += [f"transformer_blocks_0_{end}" for end in ("attn1_to_q", "attn2_to_out_0", "ff_net_0_proj", "ff_net_2")]
+    count = (model.config.layers_per_block + 1) * len(model.config.block_out_channels)
+    blocks = [f"{path}_{i}" for path in ("input_blocks", "output_blocks") for i in range(count)]
+    blocks += [f"middle_block_{i}" for i in range(3)]
+    names = [f"{block}_{end}" if "middle" in block else f"{block}_{j}_{end}"
+             for block in blocks for j in range(3) for end in [*inner, "op", "conv"]]
+    names += ["input_blocks_0_0", "out_2", "time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2"]
+    found = {}
+    for name in names:
+        state = {f"lora_unet_{name}.lora_{part}.weight": torch.zeros(1) for part in ("down", "up")}
+        try:
+            state = _maybe_map_sgm_blocks_to_diffusers(state, model.config)
+            state, _ = _convert_non_diffusers_lora_to_diffusers(state)
+        except (ValueError, IndexError, KeyError):
+            continue
+        state = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in state.items()})
+        layer = next(key for key in state if "lora_A" in key).split(".lora_A")[0]
+        # diffusers reads several names as the layer between two levels; the original one is the last.
+        if layer in layers and ("_op" not in name or name.endswith("_0_op")) and ("output" not in name or "_op" not in name):
+            found[layer] = name
+    return {name: layer for layer, name in sorted(found.items())}
+
+
+def record_names():
+    xl = dict(
+        block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=2048,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    names = {"sd15": original_names(dict(cross_attention_dim=768)), "sdxl": original_names(xl)}
+    (GOLDEN / "lora_names.json").write_text(json.dumps(names, indent=1) + "\n")
+    print({name: len(layers) for name, layers in names.items()})
+
+
 def record_all():
     for name, config in LORAS.items():
         record(name, config)
+    record_names()
 
 
 def main():

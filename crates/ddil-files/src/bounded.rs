@@ -2,6 +2,8 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
+use crate::python_json::without_mark;
+
 /// Opens a regular file for reading.
 ///
 /// Anything else is refused: opening or reading a pipe or a device can block forever.
@@ -51,13 +53,15 @@ pub fn read_bounded(path: impl AsRef<Path>, max_bytes: u64) -> io::Result<Vec<u8
     Ok(bytes)
 }
 
-/// The content of a text file; see [`read_bounded`].
+/// The content of a text file without a byte order mark; see [`read_bounded`].
 ///
 /// # Errors
 ///
 /// As [`read_bounded`], and [`io::ErrorKind::InvalidData`] if it is not UTF-8.
 pub fn read_text_bounded(path: impl AsRef<Path>, max_bytes: u64) -> io::Result<String> {
-    let bytes = read_bounded(path, max_bytes)?;
+    let mut bytes = read_bounded(path, max_bytes)?;
+    let mark = bytes.len() - without_mark(&bytes).len();
+    bytes.drain(..mark);
     String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 

@@ -1,9 +1,15 @@
 //! Messages of serde in the terms of a file: serde names types of Rust, which the author of a file need not know.
 
-use serde::Deserialize;
-use serde::de::Error as _;
+use std::borrow::Cow;
+
+use serde::de::{DeserializeOwned, Error as _};
+
+use crate::python_json::{with_quoted_words, without_mark};
 
 /// Parses JSON; an error is in the terms of a file instead of those of Rust's types.
+///
+/// A byte order mark at the start is ignored. Python writes numbers that are not finite as bare words, which are not
+/// JSON: `Infinity`, `-Infinity` and `NaN` are read as texts.
 ///
 /// # Errors
 ///
@@ -21,8 +27,17 @@ use serde::de::Error as _;
 /// let expected = "found -1; expected a whole number from 0 to 4294967295 at line 1 column 11";
 /// assert_eq!(error.to_string(), expected);
 /// ```
-pub fn parse_json<'a, T: Deserialize<'a>>(json: &'a [u8]) -> serde_json::Result<T> {
-    serde_json::from_slice(json).map_err(in_json_terms)
+pub fn parse_json<T: DeserializeOwned>(json: &[u8]) -> serde_json::Result<T> {
+    let json = without_mark(json);
+    let parsed = serde_json::from_slice(json).or_else(|error| match with_quoted_words(json) {
+        Cow::Owned(quoted) if error.is_syntax() => {
+            // If the text is not JSON for another reason too, the first place is the one to report.
+            let again: serde_json::Result<T> = serde_json::from_slice(&quoted);
+            again.map_err(|second| if second.is_data() { second } else { error })
+        }
+        _ => Err(error),
+    });
+    parsed.map_err(in_json_terms)
 }
 
 /// The same error in the terms of a file, for one that did not come from [`parse_json`].

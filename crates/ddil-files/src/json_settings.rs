@@ -63,18 +63,13 @@ impl JsonSettings {
 
     /// Reads the text of a file.
     ///
-    /// Python writes numbers that are not finite as bare words, which are not JSON: `Infinity`, `-Infinity` and `NaN` are
-    /// read as strings.
+    /// As in [`parse_json`], a byte order mark is ignored, and Python's `Infinity`, `-Infinity` and `NaN` are texts.
     ///
     /// # Errors
     ///
     /// The parser's error if it is not a JSON object.
     pub fn parse(text: &str) -> serde_json::Result<Self> {
-        let parsed = parse_json(text.as_bytes()).or_else(|error| match with_quoted_words(text) {
-            quoted if quoted == text => Err(error),
-            quoted => parse_json(quoted.as_bytes()).map_err(|_| error),
-        });
-        parsed.map(Self)
+        parse_json(text.as_bytes()).map(Self)
     }
 
     /// The keys of a settings type with their values.
@@ -189,19 +184,6 @@ impl fmt::Display for JsonSettings {
         let text = serde_json::to_string_pretty(&self.0).map_err(|_| fmt::Error)?;
         writeln!(f, "{text}")
     }
-}
-
-/// The text with quotes around numbers that are not finite.
-fn with_quoted_words(text: &str) -> String {
-    // Every other part is outside of strings, as the strings of these files contain no escaped quotes.
-    let quoted = text.split('"').enumerate().map(|(i, part)| {
-        if i % 2 == 1 {
-            return part.to_owned();
-        }
-        let part = part.replace("Infinity", "\"Infinity\"").replace("NaN", "\"NaN\"");
-        part.replace("-\"Infinity\"", "\"-Infinity\"")
-    });
-    quoted.collect::<Vec<_>>().join("\"")
 }
 
 /// The allowed values in a message of serde, in the terms of a JSON file.

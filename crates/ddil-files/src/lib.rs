@@ -47,6 +47,7 @@ mod hex;
 mod invalid;
 mod json;
 mod json_settings;
+mod python_json;
 mod report;
 #[cfg(feature = "settings")]
 pub mod settings;

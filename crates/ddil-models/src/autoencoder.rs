@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 use crate::autoencoder::blocks::{Decoder, Encoder};
 use crate::config::{FILE_NAME, NetworkConfig, UnknownKeys};
 use crate::error::{Error, Result};
-use crate::layers::{Conv2d, Output};
+use crate::layers::{Conv2d, Output, attention};
 use crate::parameters::{Builder, Parameters, Placement, Values};
 use crate::weights::{self, WeightFiles};
 
@@ -24,10 +24,6 @@ const SCALE: &str = "AutoencoderKL::scale";
 
 /// Log-variances are clamped to this range, as in diffusers.
 const LOGVAR_RANGE: [f64; 2] = [-30.0, 20.0];
-
-/// Old (2022) and current names of the attention layers.
-const OLD_NAMES: [(&str, &str); 4] =
-    [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
 
 /// The variational autoencoder of latent diffusion ([Rombach et al. 2021](https://arxiv.org/abs/2112.10752), section
 /// 3.1); built from an [`AutoencoderKLConfig`] or by [`Self::from_folder`].
@@ -112,13 +108,13 @@ impl NetworkConfig for AutoencoderKLConfig {
         network.parameters()
     }
 
+    fn new_name(old: &str) -> Option<String> {
+        new_name(old)
+    }
+
     fn load(network: &mut AutoencoderKL, path: &Path) -> Result<()> {
         network.renamed = weights::load_renamed(&network.parameters.named(), path, new_name)?;
         Ok(())
-    }
-
-    fn read(network: &AutoencoderKL, path: &Path) -> Result<Vec<(String, Tensor)>> {
-        weights::read_renamed(&network.parameters.named(), path, new_name)
     }
 }
 
@@ -429,11 +425,8 @@ fn statistics(config: &AutoencoderKLConfig, placement: Placement) -> Result<Opti
 
 /// The current name of a parameter with an [old name](AutoencoderKL#old-names).
 fn new_name(old: &str) -> Option<String> {
-    ["encoder.mid_block.attentions.0.", "decoder.mid_block.attentions.0."].iter().find_map(|path| {
-        let (layer, part) = old.strip_prefix(path)?.split_once('.')?;
-        let (_, new) = OLD_NAMES.iter().find(|(old, _)| *old == layer)?;
-        matches!(part, "weight" | "bias").then(|| format!("{path}{new}.{part}"))
-    })
+    let paths = ["encoder.mid_block.attentions.0.", "decoder.mid_block.attentions.0."];
+    paths.iter().find_map(|path| attention::new_name(path, old.strip_prefix(path)?))
 }
 
 /// A normal distribution with a diagonal covariance: the posterior of an image's latents in an [`AutoencoderKL`].

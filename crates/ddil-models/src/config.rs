@@ -9,6 +9,7 @@ use serde_json::Value;
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
+use crate::foreign_keys::is_foreign;
 use crate::parameters::{Parameters, Placement, Values};
 use crate::transformers_json;
 use crate::weights;
@@ -40,6 +41,9 @@ pub enum UnknownKeys {
     /// An error that names it, because it may be a setting that changes the output.
     #[default]
     Refuse,
+    /// Ignore it if it is known to be no setting of the class: that of another network of diffusers, or of the moving
+    /// average that its training scripts write as `unet_ema`. Refuse any other.
+    IgnoreForeign,
     /// Ignore it.
     Ignore,
 }
@@ -99,16 +103,22 @@ pub trait NetworkConfig: Clone + Default + Serialize + DeserializeOwned {
     #[doc(hidden)]
     fn parameters_of(network: &Self::Network) -> &Parameters;
 
+    /// The current name of a parameter that files of older releases name otherwise, if the network has attention.
+    #[doc(hidden)]
+    fn new_name(_old: &str) -> Option<String> {
+        None
+    }
+
     /// Fills a network from a file, which may use other names.
     #[doc(hidden)]
     fn load(network: &mut Self::Network, path: &Path) -> Result<()> {
-        Self::parameters_of(network).load(path)
+        weights::load_renamed(&Self::parameters_of(network).named(), path, Self::new_name).map(drop)
     }
 
     /// The memory-mapped tensors of a file that would fill a network, under the names of its parameters.
     #[doc(hidden)]
     fn read(network: &Self::Network, path: &Path) -> Result<Vec<(String, Tensor)>> {
-        weights::read_renamed(&Self::parameters_of(network).named(), path, |_| None)
+        weights::read_renamed(&Self::parameters_of(network).named(), path, Self::new_name)
     }
 
     /// Reads settings from a file; errors refer to it as `what`.
@@ -310,11 +320,13 @@ pub(crate) fn read_keys<T: Serialize + DeserializeOwned>(
     problems: &mut Vec<Invalid>,
 ) -> Option<T> {
     let mut found = file.problems(defaults);
-    if unknown_keys == UnknownKeys::Refuse {
+    if unknown_keys != UnknownKeys::Ignore {
         let known = JsonSettings::of(defaults);
         let known: Vec<_> = known.object().keys().map(String::as_str).collect();
         let expected = format!("one of {}", known.join(", "));
-        let unknown = file.unknown(defaults).into_iter();
+        let is_refused =
+            |key: &&str| !(unknown_keys == UnknownKeys::IgnoreForeign && is_foreign(key));
+        let unknown = file.unknown(defaults).into_iter().filter(is_refused);
         found.extend(unknown.map(|key| Invalid::new(key, &file.object()[key], expected.clone())));
     }
     found.sort_by(|left, right| left.field.cmp(&right.field));

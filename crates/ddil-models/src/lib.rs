@@ -58,6 +58,7 @@ mod denoiser;
 mod dinov2;
 mod discriminator;
 mod error;
+mod foreign_keys;
 mod layers;
 mod lora;
 mod mlp;

@@ -1,6 +1,8 @@
 //! LoRA: low-rank adapters on frozen weights.
 
 mod files;
+mod ldm;
+mod names;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -249,17 +251,24 @@ impl Lora {
 
     /// Attaches the adapters of a file to the layers it names, each with its rank in the file.
     ///
-    /// The file is one of diffusers (`unet.LAYER.lora_A.weight`, or `lora.down.weight` of older ones; with or without
-    /// `unet.`) or one with kohya's names (`lora_unet_LAYER.lora_down.weight`, dots of the layer's name written `_`).
-    /// Alpha is that of the file, or the rank if it has none. Entries for text encoders are skipped and listed in
-    /// [`Self::ignored`].
+    /// | program | names |
+    /// | --- | --- |
+    /// | diffusers | `unet.LAYER.lora_A.weight`; `.lora.down.weight` and, in 2023, `.processor.to_q_lora.down.weight`; with or without `unet.` |
+    /// | PEFT | `base_model.model.LAYER.lora_A.weight`, with or without the name of the adapter before `weight`; its `adapter_config.json` is read |
+    /// | kohya's, `LyCORIS` | `lora_unet_LAYER.lora_down.weight`, dots of the layer's name written `_` |
+    /// | `ComfyUI` | `diffusion_model.LAYER.lora_A.weight` or `.lora_down.weight` |
+    ///
+    /// Layers have the names of diffusers or those of the original Stable Diffusion: `input_blocks.4.1` for
+    /// `down_blocks.1.attentions.0`. Alpha is that of the file, or the rank if it has none. Entries for text encoders are
+    /// skipped and listed in [`Self::ignored`].
     ///
     /// # Errors
     ///
     /// [`Error::WeightsMismatch`] with every name that is not an adapter of a layer of this network, every A without B
     /// or the reverse, and every shape that does not fit; [`Error::NoAdapter`] if it contains nothing for this network;
     /// [`ArgumentError::Value`](ddil_libtorch::ArgumentError::Value) for an alpha that is not finite, or that the
-    /// metadata specify by a regular expression; [`Error::AdapterAttached`]; otherwise as
+    /// metadata specify by a regular expression, and for weight decomposition (`DoRA`), also if its magnitudes are missing;
+    /// [`Error::AdapterAttached`]; otherwise as
     /// [`weights::read_all`](crate::weights::read_all).
     pub fn from_file(network: &Parameters, path: impl AsRef<Path>) -> Result<Self> {
         let found = files::read(network.layers(), path.as_ref())?;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use ddil_core::Conditioning;
-use ddil_files::Invalid;
+use ddil_files::{Invalid, JsonSettings};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -229,6 +229,34 @@ impl ModelConfig {
     /// As [`NetworkConfig::build`]; [`Error::InvalidConfig`] for a `TorchScript` program, which has no fresh parameters.
     pub fn build(&self, placement: Placement, seed: u64) -> Result<Model> {
         Ok(same_class!(self, config => Model(config.build(placement, seed)?)))
+    }
+
+    /// The weights of a file or index, checked against the settings; see [`NetworkConfig::read_weights`].
+    ///
+    /// # Errors
+    ///
+    /// As [`NetworkConfig::read_weights`].
+    pub fn read_weights(&self, weights: impl AsRef<Path>) -> Result<Vec<(String, Tensor)>> {
+        for_each_class!(self, config => config.read_weights(weights))
+    }
+
+    /// The keys of a `config.json` that are known to be no settings of its class; see [`UnknownKeys::IgnoreForeign`].
+    ///
+    /// # Errors
+    ///
+    /// As [`from_file`](Self::from_file), with such keys ignored.
+    pub fn foreign_keys(path: impl AsRef<Path>) -> Result<Vec<String>> {
+        let path = path.as_ref();
+        let config = Self::from_file(path, UnknownKeys::IgnoreForeign)?;
+        let unknown = |file: JsonSettings| {
+            let keys = config.unknown_in(&file);
+            keys.into_iter().map(str::to_owned).collect()
+        };
+        config::read_file(path).map(unknown)
+    }
+
+    fn unknown_in<'a>(&self, file: &'a JsonSettings) -> Vec<&'a str> {
+        for_each_class!(self, config => file.unknown(config))
     }
 
     fn build_from(&self, placement: Placement, weights: &Path) -> Result<Model> {

@@ -39,6 +39,8 @@ mod error;
 mod generation;
 mod guidance;
 mod image;
+mod model_card;
+mod notes;
 mod pipeline;
 mod prompting;
 mod sampling;
@@ -49,6 +51,7 @@ pub use error::{Error, Result};
 pub use generation::{ClassImages, ClassToImage, PromptImages, TextToImage};
 pub use guidance::Guidance;
 pub use image::{Image, Layout, save_each};
+pub use model_card::{model_card, write_model_card};
 pub use pipeline::{
     AdapterCard, Card, EncodedPrompts, ModelFiles, PartSummary, Pipeline, PipelineClass,
     PipelineParts, Scheduler, TextToImageComponents, WeightForm,

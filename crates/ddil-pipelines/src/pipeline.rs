@@ -5,6 +5,7 @@ mod card;
 mod index;
 mod model_files;
 mod pipeline_parts;
+mod published;
 mod scheduler;
 mod text_to_image;
 
@@ -20,12 +21,15 @@ use ddil_models::{
 use ddil_schedulers::{SamplerConfig, SchedulerConfig, SolverConfig, Thresholding};
 
 pub use self::card::{AdapterCard, Card};
+use self::index::Index;
 pub use self::index::PipelineClass;
 pub use self::model_files::{ModelFiles, PartSummary, WeightForm};
 pub use self::pipeline_parts::PipelineParts;
+use self::published::PublishedScheduler;
 pub use self::scheduler::Scheduler;
 pub use self::text_to_image::{EncodedPrompts, TextToImageComponents};
 use crate::error::{Error, Result};
+use crate::notes::note_once;
 
 /// A model read from its folder.
 ///
@@ -59,6 +63,15 @@ pub struct Pipeline {
     pub parts: PipelineParts,
     /// The solver of `scheduler_config.json`, or what prevents its use: distillation does not need it.
     solver: PublishedSolver,
+    /// The class of the solver that DDIM replaces.
+    replaced: Option<&'static str>,
+}
+
+/// The scheduler of a folder.
+struct FolderScheduler {
+    config: SchedulerConfig,
+    solver: PublishedSolver,
+    replaced: Option<&'static str>,
 }
 
 /// The solver of a scheduler file, if its class is one of [`SolverConfig`]'s, or the setting that is not supported.
@@ -78,7 +91,9 @@ impl Pipeline {
     /// unsupported blocks, missing or unexpected weights, weights of the wrong shape.
     pub fn open(path: &Path, placement: Placement, precision: Precision) -> Result<Self> {
         Self::read_with(path, precision, |folder, _| {
-            Ok(Model::from_folder(folder, placement, UnknownKeys::Refuse)?)
+            let (_, variant) = WeightFiles::DIFFUSION.find_any(folder)?;
+            let (variant, keys) = (variant.as_deref(), UnknownKeys::IgnoreForeign);
+            Ok(Model::from_folder_variant(folder, variant, placement, keys)?)
         })
     }
 
@@ -104,10 +119,10 @@ impl Pipeline {
     /// As [`open`](Self::open).
     pub fn ensure_weights(path: &Path) -> Result<()> {
         let folder = Self::base_of(&Self::find(path)?)?.join(UNET);
-        let config = ModelConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?;
-        let network = config.without_values()?;
-        let file = WeightFiles::DIFFUSION.find(&folder)?;
-        Ok(weights::ensure_fits(&network.parameters().named(), file)?)
+        let config =
+            ModelConfig::from_file(folder.join("config.json"), UnknownKeys::IgnoreForeign)?;
+        let (file, _) = WeightFiles::DIFFUSION.find_any(&folder)?;
+        Ok(config.read_weights(file).map(drop)?)
     }
 
     fn read_with(
@@ -124,25 +139,29 @@ impl Pipeline {
         Self::assemble(&folder, scheduler, unet, parts, precision)
     }
 
-    fn read_scheduler(path: &Path) -> Result<(SchedulerConfig, PublishedSolver)> {
-        let (scheduler, solver) = SchedulerConfig::from_file_any(path.join(SCHEDULER))?;
-        let own = Self::read_solver(path)?;
-        if let Some(solver) = solver.filter(|_| matches!(own, Ok(None))) {
-            tracing::info!("{}: DDIM is used instead of {solver}", path.display());
-        }
-        Ok((scheduler, own))
-    }
-
-    /// The solver in the scheduler file, or the setting of it that is not supported.
-    fn read_solver(path: &Path) -> Result<PublishedSolver> {
-        let path = path.join(SCHEDULER);
-        SolverConfig::from_file(&path).map(Ok).or_else(|error| match error.invalid() {
+    /// The scheduler of a folder, and its solver or the setting of it that is not supported.
+    fn read_scheduler(path: &Path) -> Result<FolderScheduler> {
+        let index = path.join(index::FILE_NAME).is_file().then(|| Index::read(path)).transpose()?;
+        let class = match &index {
+            Some(index) => index.class,
+            None => Self::class_at(path)?,
+        };
+        let named = index.as_ref().and_then(|index| index.class_of("scheduler"));
+        let card = Card::in_folder(path)?;
+        let published =
+            PublishedScheduler::read(&path.join(SCHEDULER), Some(class), named, card.as_ref())?;
+        let own = published.solver().map(Ok).or_else(|error| match error.invalid() {
             Some(invalid) => {
-                let field = format!("{} in {}", invalid.field, path.display());
+                let field = format!("{} in {}", invalid.field, path.join(SCHEDULER).display());
                 Ok(Err(Invalid::new(field, &invalid.value, &invalid.expected)))
             }
-            None => Err(error.into()),
-        })
+            None => Err(Error::from(error)),
+        })?;
+        let replaced = published.replaced_solver();
+        if let Some(solver) = replaced.filter(|_| matches!(own, Ok(None))) {
+            note_once(&format!("{}: DDIM is used instead of {solver}", path.display()));
+        }
+        Ok(FolderScheduler { config: published.config()?, solver: own, replaced })
     }
 
     /// The frozen network of a complete model, and its other parts.
@@ -152,7 +171,7 @@ impl Pipeline {
     ) -> Result<(Model, PipelineParts)> {
         let parts = PipelineParts::read(path)?;
         let config_file = path.join(UNET).join("config.json");
-        let config = ModelConfig::from_file(&config_file, UnknownKeys::Refuse)?;
+        let config = published::network_config(&config_file, parts.class())?;
         if config.channels().is_none() {
             return Err(Error::Invalid(Invalid::new(
                 format!("_class_name in {}", config_file.display()),
@@ -168,22 +187,36 @@ impl Pipeline {
     /// Combines a network with the scheduler and the card of a folder.
     fn assemble(
         path: &Path,
-        (scheduler, solver): (SchedulerConfig, PublishedSolver),
+        scheduler: FolderScheduler,
         unet: Model,
         parts: PipelineParts,
         precision: Precision,
     ) -> Result<Self> {
+        let FolderScheduler { config: scheduler, solver, replaced } = scheduler;
         let schedule = scheduler.schedule()?;
         let network = NetworkDenoiser::new(unet, scheduler.prediction_type(), schedule)?
             .with_precision(precision);
-        let card: Card = match path.join(card::FILE_NAME) {
-            card if card.is_file() => Card::from_file(&card)?,
-            _ => card_without_file(&network.config()),
+        let card = match Card::in_folder(path)? {
+            Some(card) => card,
+            None => {
+                let config = parts.path().join(UNET).join("config.json");
+                card_without_file(&published::network_config(&config, parts.class())?)
+            }
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();
         let sampler = scheduler.sampler_config();
-        Ok(Self { network, sampler, thresholding, timesteps, scheduler, card, parts, solver })
+        Ok(Self {
+            network,
+            sampler,
+            thresholding,
+            timesteps,
+            scheduler,
+            card,
+            parts,
+            solver,
+            replaced,
+        })
     }
 
     /// The same model with other sampling settings: sampler, timesteps and thresholding, as if [`write`](Self::write) had
@@ -198,6 +231,7 @@ impl Pipeline {
             timesteps: config.common().ddil_timesteps.clone(),
             // A scheduler of DDIM or LCM.
             solver: Ok(None),
+            replaced: None,
             scheduler: config,
             card,
             ..self
@@ -212,6 +246,11 @@ impl Pipeline {
     /// distilled, and sampled with DDIM.
     pub fn published_solver(&self) -> Result<Option<SolverConfig>> {
         Ok(self.solver.clone()?)
+    }
+
+    /// The class of the solver in the scheduler file, if DDIM replaces it wherever no [`SolverConfig`] is set.
+    pub fn replaced_solver(&self) -> Option<&'static str> {
+        self.replaced
     }
 
     /// The model folder at `path`: the folder itself or its `export`.

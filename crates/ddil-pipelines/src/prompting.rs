@@ -2,7 +2,7 @@
 
 use ddil_core::{Conditioning, RandomStreams, Stream};
 use ddil_files::Invalid;
-use ddil_schedulers::{SamplerConfig, SchedulerConfig};
+use ddil_schedulers::{PreviousTimestep, SamplerConfig, SchedulerConfig, TimestepSpacing};
 use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
@@ -174,16 +174,27 @@ fn truncations(prompts: &[&str], encoded: &EncodedPrompts) -> Vec<(String, Strin
 /// The plan with the timesteps defined by the scheduler file of a text-to-image model, if the plan has neither explicit
 /// ones nor a solver, which has its own.
 ///
+/// Those of `DDIMScheduler` are diffusers', with its rule for the end of each step, so that the samples are diffusers'
+/// too: linspace and trailing grids are rounded as there, and a step ends `num_train_timesteps / n` lower. Where DDIM
+/// replaces another solver, and for one step of linspace, which is timestep 0 in diffusers, steps follow the grid.
+///
 /// # Errors
 ///
 /// [`Error::Scheduler`] for an invalid number of steps.
 pub fn with_published_timesteps(pipeline: &Pipeline, plan: SamplePlan) -> Result<SamplePlan> {
     match (&pipeline.scheduler, plan.sampler) {
-        (SchedulerConfig::Ddim(_), SamplerConfig::Ddim { .. })
+        (SchedulerConfig::Ddim(common), SamplerConfig::Ddim { .. })
             if plan.timesteps.is_none() && plan.solver.is_none() =>
         {
-            let timesteps = pipeline.scheduler.timesteps(Some(plan.steps))?;
-            Ok(SamplePlan { timesteps: Some(timesteps.as_slice().to_vec()), ..plan })
+            let starts_clean =
+                plan.steps == 1 && common.timestep_spacing == TimestepSpacing::Linspace;
+            let (timesteps, previous) = if starts_clean || pipeline.replaced_solver().is_some() {
+                (pipeline.scheduler.timesteps(Some(plan.steps))?, PreviousTimestep::NextInGrid)
+            } else {
+                let timesteps = pipeline.scheduler.compatible_timesteps(plan.steps)?;
+                (timesteps, PreviousTimestep::Stride)
+            };
+            Ok(SamplePlan { timesteps: Some(timesteps.as_slice().to_vec()), previous, ..plan })
         }
         _ => Ok(plan),
     }

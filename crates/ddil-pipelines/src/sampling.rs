@@ -7,8 +7,8 @@ use ddil_core::{
 use ddil_files::Invalid;
 use ddil_libtorch::{Generator, ensure_dense, ensure_real};
 use ddil_schedulers::{
-    Estimate, NoiseLevel, NoiseLevels, NoiseSchedule, Prediction, Sampler, SamplerConfig, Solver,
-    SolverConfig, Thresholding, Timesteps,
+    Estimate, NoiseLevel, NoiseLevels, NoiseSchedule, Prediction, PreviousTimestep, Sampler,
+    SamplerConfig, Solver, SolverConfig, Thresholding, Timesteps,
 };
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -57,10 +57,17 @@ pub struct SamplePlan {
     /// Explicit timesteps, noisiest first, such as those a student was trained at; `None` takes `steps` timesteps of
     /// the sampler.
     pub timesteps: Option<Vec<i64>>,
+    /// The end of each step on these timesteps: default the next one. diffusers' `DDIMScheduler` has another rule.
+    #[serde(default, skip_serializing_if = "is_next_in_grid")]
+    pub previous: PreviousTimestep,
     /// Samples per call of the network; changes the samples only by rounding.
     pub batch_size: u32,
     /// Seed of the noise.
     pub seed: u64,
+}
+
+fn is_next_in_grid(rule: &PreviousTimestep) -> bool {
+    *rule == PreviousTimestep::NextInGrid
 }
 
 /// Default numbers of steps for models that do not specify any.
@@ -93,6 +100,7 @@ impl SamplePlan {
             solver: None,
             thresholding: pipeline.thresholding.clone(),
             timesteps,
+            previous: PreviousTimestep::NextInGrid,
             batch_size: if is_latent { LATENT_BATCH_SIZE } else { PIXEL_BATCH_SIZE },
             seed: 0,
         }
@@ -111,7 +119,8 @@ impl SamplePlan {
     /// [`Error::Scheduler`] for invalid timesteps or an invalid number of steps.
     pub fn timesteps(&self, num_train_timesteps: u32) -> Result<Timesteps> {
         match &self.timesteps {
-            Some(list) => Ok(Timesteps::explicit(list.clone(), num_train_timesteps)?),
+            Some(list) => Ok(Timesteps::explicit(list.clone(), num_train_timesteps)?
+                .with_previous(self.previous, num_train_timesteps)),
             None => Ok(self.sampler.timesteps(num_train_timesteps, self.steps)?),
         }
     }

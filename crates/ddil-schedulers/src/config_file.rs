@@ -158,52 +158,6 @@ impl Default for LcmConfig {
 }
 
 impl SchedulerConfig {
-    /// Reads a file.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`] if it cannot be read, is not a regular file or is larger than 16 MiB; [`Error::File`] with an
-    /// error of [`from_json`](Self::from_json).
-    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
-        read(path.as_ref(), Self::from_json)
-    }
-
-    /// Reads the file of any scheduler of a variance-preserving model, as diffusers' `DDIMScheduler.from_config` does:
-    /// any other solver is replaced by DDIM on the same noise schedule, and its class is returned.
-    ///
-    /// Keys specific to that class are ignored: they only affect its steps. None of these classes clips clean data
-    /// unless the file sets it. [`SolverConfig::from_file`](crate::SolverConfig::from_file) reads the solver itself.
-    ///
-    /// # Errors
-    ///
-    /// As [`from_file`](Self::from_file), with an error of [`from_json_any`](Self::from_json_any).
-    pub fn from_file_any(path: impl AsRef<Path>) -> Result<(Self, Option<String>)> {
-        read(path.as_ref(), Self::from_json_any)
-    }
-
-    /// Reads the text of such a file.
-    ///
-    /// # Errors
-    ///
-    /// As [`from_json`](Self::from_json); [`Error::Invalid`] for an unsupported class.
-    pub fn from_json_any(text: &str) -> Result<(Self, Option<String>)> {
-        let file = parse(text)?;
-        let Ok(solver) = file.class(&SOLVERS) else { return Ok((Self::from_json(text)?, None)) };
-        let defaults = CommonConfig { clip_sample: false, ..CommonConfig::default() };
-        let config = Self::Ddim(file.over(&defaults)?);
-        config.ensure()?;
-        Ok((config, Some(solver.to_owned())))
-    }
-
-    /// Reads a file, ignores keys that its class does not have, and returns them.
-    ///
-    /// # Errors
-    ///
-    /// As [`from_file`](Self::from_file), except for unknown keys.
-    pub fn from_file_lenient(path: impl AsRef<Path>) -> Result<(Self, Vec<String>)> {
-        read(path.as_ref(), Self::from_json_lenient)
-    }
-
     /// Writes a file as diffusers does: sorted keys, two spaces, a newline at the end.
     ///
     /// # Errors
@@ -213,38 +167,6 @@ impl SchedulerConfig {
         let path = path.as_ref();
         let failed = |source| Error::Io { action: "write", path: path.to_owned(), source };
         std::fs::write(path, self.to_json()).map_err(failed)
-    }
-
-    /// Reads the text of a file.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Parse`] if it is not a JSON object, [`Error::UnknownKeys`] with all keys that its class does not have,
-    /// [`Error::Invalid`] for another class or an invalid value.
-    pub fn from_json(text: &str) -> Result<Self> {
-        let (config, unknown) = Self::from_json_lenient(text)?;
-        if unknown.is_empty() {
-            return Ok(config);
-        }
-        let known = config.keys().with_class(config.class());
-        let known = known.object().keys().cloned().collect();
-        Err(Error::UnknownKeys { class: config.class(), unknown, known })
-    }
-
-    /// Reads the text of a file, ignores keys that its class does not have, and returns them.
-    ///
-    /// # Errors
-    ///
-    /// As [`from_json`](Self::from_json), except for unknown keys.
-    pub fn from_json_lenient(text: &str) -> Result<(Self, Vec<String>)> {
-        let file = parse(text)?;
-        let config = match file.class(&["DDIMScheduler", "LCMScheduler"])? {
-            "LCMScheduler" => Self::Lcm(file.over(&LcmConfig::default())?),
-            _ => Self::Ddim(file.over(&CommonConfig::default())?),
-        };
-        config.ensure()?;
-        let unknown = file.unknown(&config.keys()).into_iter().map(str::to_owned).collect();
-        Ok((config, unknown))
     }
 
     /// The text of the file.
@@ -352,7 +274,7 @@ impl SchedulerConfig {
         }
     }
 
-    fn ensure(&self) -> Result<()> {
+    pub(crate) fn ensure(&self) -> Result<()> {
         let common = self.common();
         self.schedule()?;
         self.thresholding().ensure()?;
@@ -367,7 +289,7 @@ impl SchedulerConfig {
         }
     }
 
-    fn keys(&self) -> JsonSettings {
+    pub(crate) fn keys(&self) -> JsonSettings {
         match self {
             Self::Ddim(common) => JsonSettings::of(common),
             Self::Lcm(lcm) => JsonSettings::of(lcm),
@@ -376,7 +298,7 @@ impl SchedulerConfig {
 }
 
 /// Solvers of diffusers for networks that DDIM can also sample.
-const SOLVERS: [&str; 13] = [
+pub(crate) const SOLVERS: [&str; 13] = [
     "DDPMScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",

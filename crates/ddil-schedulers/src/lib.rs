@@ -11,7 +11,7 @@
 //! | clean data beyond the data's range | [`Thresholding`] |
 //! | a step | [`Sampler`]: [`Ddim`], [`Lcm`], or your own; [`SamplerConfig`] builds one from settings |
 //! | a run of a multistep solver, for teachers | [`Solver`]: [`DpmSolver`], [`UniPc`], [`Euler`]; [`SolverConfig`], [`SolverRun`] |
-//! | diffusers' `scheduler_config.json` | [`SchedulerConfig`] |
+//! | diffusers' `scheduler_config.json` | [`SchedulerConfig`]; [`SchedulerFile`], as lenient as diffusers |
 //!
 //! All schedules are `x_t = alpha_t x0 + sigma_t epsilon`, so only [`PredictionType`] depends on the family and on the
 //! output of the network. A [`Sampler`] is three numbers per step, its [`StepCoefficients`].
@@ -62,6 +62,7 @@ mod noise_schedule;
 mod prediction;
 mod sampler;
 mod sampler_config;
+mod scheduler_file;
 mod solver;
 mod solver_config;
 mod solver_file;
@@ -86,6 +87,7 @@ pub use noise_schedule::{
 pub use prediction::{Prediction, PredictionType};
 pub use sampler::{Sampler, SamplerStep};
 pub use sampler_config::SamplerConfig;
+pub use scheduler_file::SchedulerFile;
 pub use solver::{Euler, Solver, SolverCoefficients, SolverRun};
 pub use solver_config::{FinalSigma, LevelsConfig, SolverConfig, SolverMethod};
 pub use thresholding::{Bound, DataRange, Thresholding};

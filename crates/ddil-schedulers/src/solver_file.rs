@@ -60,7 +60,12 @@ impl SolverConfig {
     /// [`Error::Parse`] if it is not a JSON object; [`Error::Invalid`] for an invalid value and for a setting that is not
     /// supported, such as another `algorithm_type`.
     pub fn from_json(text: &str) -> Result<Option<Self>> {
-        let mut file = parse(text)?;
+        Self::of_settings(&parse(text)?)
+    }
+
+    /// As [`from_json`](Self::from_json), of the keys of a file.
+    pub(crate) fn of_settings(file: &JsonSettings) -> Result<Option<Self>> {
+        let mut file = file.clone();
         let Ok(class) = file.class(&[EULER, DPM_SOLVER, UNI_PC]) else { return Ok(None) };
         // An empty key is one that is not set, and this value is the default of Python.
         let is_unset = |key: &str, value: &Value| {

@@ -23,9 +23,9 @@ use ddil_losses::{Critic, LossRequest, LossTerms, Networks, Phase, Requirements,
 use ddil_models::{NetworkDenoiser, Placement};
 use ddil_pipelines::{
     Card, Guidance, Image, Pipeline, PipelineParts, SamplePlan, Scheduler, grid_of_classes,
-    grid_of_prompts,
+    grid_of_prompts, write_model_card,
 };
-use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding, Timesteps};
+use ddil_schedulers::{NoiseSchedule, PreviousTimestep, SamplerConfig, Thresholding, Timesteps};
 use tch::{Device, Kind, Tensor};
 
 pub(crate) use self::averaged::restore_average;
@@ -44,6 +44,7 @@ use crate::error::{Error, Result};
 use crate::evaluation::{EvaluationConfig, Evaluator, not_evaluated};
 use crate::evidence::Evidence;
 use crate::interrupt::Interrupt;
+use crate::memory::warn_of_byte_budget;
 use crate::roster::Roster;
 use crate::session::{Spent, Task, UpdateLoss};
 use crate::state;
@@ -120,6 +121,7 @@ impl Fitted {
         let config = DistillConfig { objective, ..config.clone() };
         let stage = Stage::new(&config, teacher.network.schedule(), 0, &config.run.path())?;
         ensure_fits(&config, &stage, teacher, &data)?;
+        warn_of_byte_budget(&config, teacher)?;
         stage.mixer.ensure_batch_size(config.data.batch_size as usize)?;
         let prompts = PromptPlan::new(&config, teacher, &data, stage.objective.requirements())?;
         Ok(Self { config, data, prompts, stage })
@@ -448,6 +450,7 @@ impl DistillTask {
             solver: None,
             thresholding: self.thresholding(self.config.thresholding_places.inference),
             timesteps: Some(self.stage.sampling.as_slice().to_vec()),
+            previous: PreviousTimestep::default(),
             batch_size: samples_at_once(self.prompted.is_some()),
             seed: self.config.run.seed,
         }
@@ -778,6 +781,7 @@ impl Task for DistillTask {
             let scheduler = self.scheduler()?;
             return Ok(Pipeline::write_adapter(folder, student, &scheduler, card, &self.parts)?);
         }
-        Ok(Pipeline::write(folder, student, &self.scheduler()?, &card, Some(&self.parts))?)
+        Pipeline::write(folder, student, &self.scheduler()?, &card, Some(&self.parts))?;
+        Ok(write_model_card(folder).map(drop)?)
     }
 }

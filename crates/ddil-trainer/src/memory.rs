@@ -5,10 +5,10 @@ mod activations;
 use std::fmt;
 use std::path::Path;
 
-use ddil_core::{Denoiser, StorageKind, StudentPolicy, TeacherStates};
+use ddil_core::{BufferConfig, Denoiser, StorageKind, StudentPolicy, TeacherStates};
 use ddil_files::Invalid;
 use ddil_losses::{ObjectiveConfig, Requirements, TeacherGuidance};
-use ddil_models::{AutoencoderKLConfig, ClipTextConfig, ModelConfig, NetworkConfig, UnknownKeys};
+use ddil_models::{ClipTextConfig, ModelConfig, NetworkConfig, UnknownKeys};
 use ddil_pipelines::Pipeline;
 
 pub use self::activations::{Activations, PassShape};
@@ -360,8 +360,7 @@ fn sample_shape(config: &DistillConfig, teacher: &Pipeline) -> Result<[i64; 3]> 
     else {
         return Ok(own);
     };
-    let file = teacher.parts.path().join("vae/config.json");
-    let vae = AutoencoderKLConfig::from_file(file, UnknownKeys::Refuse)?;
+    let vae = teacher.parts.autoencoder_config()?;
     let side = i64::from(side) >> (vae.block_out_channels.len() - 1);
     Ok([own[0], side, side])
 }
@@ -380,8 +379,8 @@ impl Text {
             text.tokens = config.max_position_embeddings.into();
             text.encoders += count(&config.parameter_shapes()?);
         }
-        if let Some(file) = config_in(folder, "vae") {
-            let config = AutoencoderKLConfig::from_file(file, UnknownKeys::Refuse)?;
+        if config_in(folder, "vae").is_some() {
+            let config = teacher.parts.autoencoder_config()?;
             text.autoencoder = count(&config.parameter_shapes()?);
         }
         if let ModelConfig::UNet2DCondition(unet) = network {
@@ -404,6 +403,29 @@ fn stored_bytes(storage: StorageKind) -> u64 {
     }
 }
 
+/// The states of `bytes` each that the memory of a buffer holds, if they are fewer than its capacity.
+fn within_budget(buffer: &BufferConfig, bytes: u64) -> Option<u64> {
+    let states = buffer.byte_budget / bytes.max(1);
+    (states < buffer.capacity as u64 && buffer.spill.is_none()).then_some(states)
+}
+
+/// Logs a warning if the byte budget of the student's buffer is too small for its capacity.
+pub(crate) fn warn_of_byte_budget(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
+    let StudentPolicy::Buffer { buffer, .. } = &config.mixing.student.policy else { return Ok(()) };
+    let [c, h, w] = sample_shape(config, teacher)?;
+    let text = Text::of(teacher, &teacher.network.config())?;
+    let bytes = (c * h * w) as u64 * stored_bytes(buffer.storage) + text.prompt_bytes;
+    if let Some(states) = within_budget(buffer, bytes) {
+        tracing::warn!(
+            "mixing.student.policy.buffer keeps {states} of {} states: {bytes} bytes each, byte_budget is {}; set a larger \
+             byte_budget or `spill`",
+            buffer.capacity,
+            buffer.byte_budget
+        );
+    }
+    Ok(())
+}
+
 /// The states that are kept between updates.
 struct Stores {
     in_memory: Vec<Row>,
@@ -417,10 +439,13 @@ impl Stores {
         let prompt = networks.text.prompt_bytes;
         let (mut in_memory, mut on_disk) = (Vec::new(), Vec::new());
         if let StudentPolicy::Buffer { buffer, .. } = &config.mixing.student.policy {
-            let needed = (buffer.capacity as u64)
-                .saturating_mul(values * stored_bytes(buffer.storage) + prompt);
+            let state = values * stored_bytes(buffer.storage) + prompt;
+            let needed = (buffer.capacity as u64).saturating_mul(state);
             let kept = needed.min(buffer.byte_budget);
-            in_memory.push(Row::bytes("buffer of the student's states", kept));
+            let within = within_budget(buffer, state)
+                .map(|states| format!(" ({states} of {}: byte_budget)", buffer.capacity));
+            let name = format!("buffer of the student's states{}", within.unwrap_or_default());
+            in_memory.push(Row::bytes(name, kept));
             if let Some(spill) = &buffer.spill {
                 let spilled = (needed - kept).min(spill.byte_budget);
                 on_disk.push(Row::bytes("on disk: spilled states of the buffer", spilled));

@@ -7,8 +7,10 @@ use ddil_evaluate::{Drawing, Scores};
 use ddil_files::Invalid;
 use ddil_losses::Phase;
 use ddil_models::{Model, NetworkConfig, NetworkDenoiser, Placement, SampleSize};
-use ddil_pipelines::{Card, Image, Pipeline, SamplePlan, Scheduler, grid_of_classes};
-use ddil_schedulers::{NoiseSchedule, SamplerConfig, Thresholding};
+use ddil_pipelines::{
+    Card, Image, Pipeline, SamplePlan, Scheduler, grid_of_classes, write_model_card,
+};
+use ddil_schedulers::{NoiseSchedule, PreviousTimestep, SamplerConfig, Thresholding};
 use rand::Rng;
 use tch::{Device, Kind, Tensor};
 
@@ -143,6 +145,7 @@ impl TrainTask {
             solver: None,
             thresholding: Thresholding::clamp_pixels(),
             timesteps: None,
+            previous: PreviousTimestep::default(),
             batch_size: 100,
             seed: self.config.run.seed,
         }
@@ -250,7 +253,8 @@ impl Task for TrainTask {
         state::restore("moving average", &self.averaged.parameters().learned(), average)?;
         let (scheduler, card) =
             (scheduler(&self.averaged)?, Card { updates, seconds, ..self.card() });
-        Ok(Pipeline::write(folder, &self.averaged, &scheduler, &card, None)?)
+        Pipeline::write(folder, &self.averaged, &scheduler, &card, None)?;
+        Ok(write_model_card(folder).map(drop)?)
     }
 }
 

@@ -399,7 +399,8 @@ pub(crate) struct ExportArgs {
     /// The maximum size of one file of weights.
     #[arg(long, default_value = "10GB")]
     pub(crate) max_shard_size: String,
-    /// For adapters: the naming scheme of the output, `diffusers` or `kohya`.
+    /// For adapters: the naming scheme of the output, `diffusers` or `kohya`; or `merged`, the whole model with the
+    /// adapter of a run in its weights.
     #[arg(long, value_name = "NAMES")]
     pub(crate) lora: Option<String>,
     /// For adapters: the model they belong to, if it is not one of the known models.

@@ -747,6 +747,8 @@ fn folders(cases: &mut Cases) {
     cases.corrupted_in_inputs(&[
         "AutoencoderKL::from_folder",
         "AutoencoderKL::save_to_folder",
+        "ModelConfig::foreign_keys",
+        "ModelConfig::read_weights",
         "ClipModel::from_folder",
         "ClipTextModel::from_folder",
         "ClipTextModel::save_to_folder",

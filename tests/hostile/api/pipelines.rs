@@ -39,6 +39,7 @@ fn ddil_pipelines() {
         "Pipeline::write_adapter",
         "PipelineParts::text_to_image",
         "PipelineParts::autoencoder",
+        "PipelineParts::autoencoder_config",
         "ModelFiles::write",
         "ModelFiles::write_network",
         "Scheduler::new",

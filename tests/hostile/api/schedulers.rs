@@ -2,8 +2,8 @@ use ddil_schedulers::{
     CommonConfig, ConsistencyBoundary, DataRange, Ddim, DpmSolver, DpmSolverConfig, EdmConfig,
     Estimate, FlowConfig, Lcm, NoiseLevel, NoiseLevels, NoiseSchedule, NoiseScheduleConfig,
     Prediction, PredictionType, PreviousTimestep, Sampler, SamplerConfig, SamplerStep, Scale,
-    SchedulerConfig, SolverConfig, SolverMethod, SolverRun, Thresholding, TimestepSpacing,
-    Timesteps, UniPc, UniPcConfig, VpConfig,
+    SchedulerConfig, SchedulerFile, SolverConfig, SolverMethod, SolverRun, Thresholding,
+    TimestepSpacing, Timesteps, UniPc, UniPcConfig, VpConfig,
 };
 use tch::{Tensor, kind};
 
@@ -404,6 +404,13 @@ fn configs(cases: &mut Cases) {
             outcome(SchedulerConfig::from_json_any(text))
         });
         cases.once("SolverConfig::from_json", what, || outcome(SolverConfig::from_json(text)));
+        cases.once("SchedulerFile::parse", what, || outcome(SchedulerFile::parse(text)));
+        cases.once("SchedulerFile::config", what, || {
+            outcome(SchedulerFile::parse(text).and_then(|file| file.config()))
+        });
+        cases.once("SchedulerFile::solver", what, || {
+            outcome(SchedulerFile::parse(text).and_then(|file| file.solver()))
+        });
         cases.once("SchedulerConfig::from_json_lenient", what, || {
             outcome(SchedulerConfig::from_json_lenient(text))
         });
@@ -445,6 +452,7 @@ fn configs(cases: &mut Cases) {
         "SchedulerConfig::from_file",
         "SchedulerConfig::from_file_any",
         "SchedulerConfig::from_file_lenient",
+        "SchedulerFile::from_file",
         "SolverConfig::from_file",
     ]);
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use ddil::compare::Matrix;
 use ddil_files::settings::{Settings, differences, to_toml};
 use ddil_models::NetworkConfig;
-use ddil_schedulers::{SchedulerConfig, SolverConfig};
+use ddil_schedulers::{SchedulerConfig, SchedulerFile, SolverConfig};
 use ddil_trainer::config::{DistillConfig, TrainConfig};
 use ddil_trainer::memory::MemoryPlan;
 
@@ -105,6 +105,9 @@ fn scheduler_config() {
 fn read_scheduler(folder: &Path) -> Response {
     let path = folder.join(SCHEDULER);
     let _ = SchedulerConfig::from_file_lenient(&path);
+    if let Ok(file) = SchedulerFile::from_file(&path) {
+        let _ = (file.config(), file.solver(), file.replaced_solver(), file.unknown_keys());
+    }
     let (config, _) = SchedulerConfig::from_file_any(&path).map_err(message_of)?;
     let again = SchedulerConfig::from_json(&config.to_json()).map_err(message_of)?;
     assert_eq!(again, config);

@@ -120,6 +120,17 @@ fn attend_as_given([query, key, value]: [&Tensor; 3], heads: i64, bias: Option<&
     .f_reshape(query.size())
 }
 
+/// Layers of an [`AttentionBlock`] in files of 2022, and now.
+const OLD_NAMES: [(&str, &str); 4] =
+    [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")];
+
+/// The current name of a parameter of an [`AttentionBlock`] that has a name of 2022: `path` and what follows it.
+pub(crate) fn new_name(path: &str, rest: &str) -> Option<String> {
+    let (layer, part) = rest.split_once('.')?;
+    let (_, new) = OLD_NAMES.iter().find(|(old, _)| *old == layer)?;
+    matches!(part, "weight" | "bias").then(|| format!("{path}{new}.{part}"))
+}
+
 /// `(x + attention(norm(x))) / output_scale`, every pixel a token.
 #[derive(Debug)]
 pub(crate) struct AttentionBlock {

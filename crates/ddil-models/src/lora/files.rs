@@ -7,17 +7,14 @@ use ddil_libtorch::ArgumentError;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
+use super::names::{KOHYA_UNET, Names, Part, UNET, is_of_text, underscored};
 use super::{Layer, Lora, LoraLayer, matches};
+use crate::config::read_file;
 use crate::error::{Error, Result, WeightProblems, is_float};
 use crate::weights;
 
 /// The metadata key of PEFT's adapter settings in diffusers' files.
 const METADATA: &str = "lora_adapter_metadata";
-/// The prefixes of names of the network and of text encoders.
-const UNET: &str = "unet.";
-const KOHYA_UNET: &str = "lora_unet_";
-const TEXT_ENCODERS: [&str; 3] = ["text_encoder.", "text_encoder_2.", "lora_te"];
-
 /// The naming scheme of an adapter file.
 ///
 /// # Example
@@ -60,14 +57,6 @@ pub(super) struct Contents<'a> {
     /// In the order of the network.
     pub(super) adapters: Vec<Found<'a>>,
     pub(super) ignored: Vec<String>,
-}
-
-/// The role of a tensor in its adapter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Part {
-    Down,
-    Up,
-    Alpha,
 }
 
 /// The entries of a file for one layer, each with its name.
@@ -140,10 +129,6 @@ fn kohya(layers: &[LoraLayer], tensors: Vec<(String, Tensor)>) -> Vec<(String, T
     renamed
 }
 
-fn underscored(name: &str) -> String {
-    name.replace('.', "_")
-}
-
 /// The adapters in a file for these layers.
 pub(super) fn read<'a>(layers: &'a [Layer], path: &Path) -> Result<Contents<'a>> {
     let alphas = Alphas::read(path)?;
@@ -152,7 +137,7 @@ pub(super) fn read<'a>(layers: &'a [Layer], path: &Path) -> Result<Contents<'a>>
     let mut problems = WeightProblems::default();
     let mut ignored = Vec::new();
     for (name, tensor) in weights::read_all(path)? {
-        if TEXT_ENCODERS.iter().any(|prefix| name.starts_with(prefix)) {
+        if is_of_text(&name) {
             ignored.push(name);
             continue;
         }
@@ -189,42 +174,6 @@ pub(super) fn read<'a>(layers: &'a [Layer], path: &Path) -> Result<Contents<'a>>
 
 fn invalid(name: &'static str, found: String, expected: &str) -> Error {
     ArgumentError::value("Lora::from_file", name, found, expected).into()
-}
-
-/// The layers by their names in files.
-struct Names<'a> {
-    plain: BTreeMap<&'a str, usize>,
-    underscored: BTreeMap<String, usize>,
-}
-
-impl<'a> Names<'a> {
-    fn of(layers: &'a [Layer]) -> Self {
-        let names = || layers.iter().enumerate();
-        Self {
-            plain: names().map(|(i, layer)| (layer.name.as_str(), i)).collect(),
-            underscored: names().map(|(i, layer)| (underscored(&layer.name), i)).collect(),
-        }
-    }
-
-    /// The layer of a tensor, and its role.
-    fn parse(&self, name: &str) -> Option<(usize, Part)> {
-        let ends = [
-            (".lora_A.weight", Part::Down),
-            (".lora_B.weight", Part::Up),
-            (".lora.down.weight", Part::Down),
-            (".lora.up.weight", Part::Up),
-            (".lora_down.weight", Part::Down),
-            (".lora_up.weight", Part::Up),
-            (".alpha", Part::Alpha),
-        ];
-        let (name, part) =
-            ends.iter().find_map(|(end, part)| Some((name.strip_suffix(end)?, *part)))?;
-        let layer = match name.strip_prefix(KOHYA_UNET) {
-            Some(name) => self.underscored.get(name),
-            None => self.plain.get(name.strip_prefix(UNET).unwrap_or(name)),
-        };
-        layer.map(|&layer| (layer, part))
-    }
 }
 
 impl Parts {
@@ -298,15 +247,27 @@ struct Alphas {
 
 impl Alphas {
     fn read(path: &Path) -> Result<Self> {
-        let Some(text) = weights::read_metadata(path)?.remove(METADATA) else {
-            return Ok(Self::default());
+        let metadata = weights::read_metadata(path)?;
+        ensure_no_dora(&metadata)?;
+        let settings = match metadata.get(METADATA) {
+            Some(text) => ddil_files::parse_json(text.as_bytes()).map_err(|source| {
+                Error::InvalidJson { path: path.into(), source: source.into() }
+            })?,
+            None => of_peft(path)?,
         };
-        let settings: Map<String, Value> = ddil_files::parse_json(text.as_bytes())
-            .map_err(|source| Error::InvalidJson { path: path.into(), source: source.into() })?;
+        Self::of_settings(&settings)
+    }
+
+    fn of_settings(settings: &Map<String, Value>) -> Result<Self> {
         let get = |key: &str| settings.get(&format!("{UNET}{key}")).or_else(|| settings.get(key));
+        if get("use_dora").and_then(Value::as_bool) == Some(true) {
+            return Err(dora("use_dora", "true"));
+        }
         let mut pattern = Vec::new();
         for (key, value) in get("alpha_pattern").and_then(Value::as_object).into_iter().flatten() {
-            let is_name = key.chars().all(|c| c.is_alphanumeric() || c == '_' || c == '.');
+            // PEFT's patterns are regular expressions: `^` is the start of a name.
+            let name = key.strip_prefix('^').unwrap_or(key).replace("\\.", ".");
+            let is_name = name.chars().all(|c| c.is_alphanumeric() || c == '_' || c == '.');
             let Some(alpha) = value.as_f64().filter(|_| is_name) else {
                 let found = format!("{key:?}: {value}");
                 return Err(invalid(
@@ -315,7 +276,7 @@ impl Alphas {
                     "names or ends of names, with numbers",
                 ));
             };
-            pattern.push((key.clone(), alpha));
+            pattern.push((name, alpha));
         }
         Ok(Self {
             general: get("lora_alpha").and_then(Value::as_f64),
@@ -330,4 +291,41 @@ impl Alphas {
         let alpha = own.or(self.general).unwrap_or(rank);
         if self.root { alpha * rank.sqrt() } else { alpha }
     }
+}
+
+/// The settings that PEFT writes beside its weights; none for a file of another program.
+fn of_peft(path: &Path) -> Result<Map<String, Value>> {
+    const WEIGHTS: &str = "adapter_model.safetensors";
+    let settings = path.with_file_name("adapter_config.json");
+    let is_of_peft = path.file_name().is_some_and(|name| name == WEIGHTS);
+    if is_of_peft && settings.is_file() {
+        Ok(read_file(&settings)?.object().clone())
+    } else {
+        Ok(Map::new())
+    }
+}
+
+/// Checks that the metadata of kohya's programs do not name `DoRA`. The magnitudes themselves are unknown names.
+fn ensure_no_dora(metadata: &BTreeMap<String, String>) -> Result<()> {
+    const ARGUMENTS: &str = "ss_network_args";
+    let Some(text) = metadata.get(ARGUMENTS) else { return Ok(()) };
+    let arguments: Map<String, Value> = ddil_files::parse_json(text.as_bytes()).unwrap_or_default();
+    for key in ["dora_wd", "use_dora", "weight_decompose"] {
+        let is_on = match arguments.get(key) {
+            Some(Value::Bool(on)) => *on,
+            Some(Value::String(text)) => ["true", "1"].contains(&text.to_lowercase().as_str()),
+            Some(Value::Number(number)) => number.as_f64() != Some(0.0),
+            _ => false,
+        };
+        if is_on {
+            return Err(dora(ARGUMENTS, key));
+        }
+    }
+    Ok(())
+}
+
+fn dora(name: &'static str, found: &str) -> Error {
+    let expected = "false: the magnitudes of weight decomposition (DoRA) are not supported, and without them the \
+                    adapter is another one";
+    invalid(name, found.to_owned(), expected)
 }

@@ -6,7 +6,7 @@ use tch::{TchError, Tensor};
 
 use crate::config::NetworkConfig;
 use crate::error::Result;
-use crate::layers::attention::AttentionOptions;
+use crate::layers::attention::{self, AttentionOptions};
 use crate::layers::class_embedding::ClassOptions;
 use crate::layers::embeddings::{
     FourierProjection, SinusoidalProjection, TimeProjection, one_per_sample,
@@ -27,7 +27,9 @@ const FORWARD: &str = "UNet2DModel::forward";
 /// The U-Net of [Ho et al. 2020](https://arxiv.org/abs/2006.11239) as diffusers generalised it; built from a
 /// [`UNet2DConfig`].
 ///
-/// Parameters have the names of diffusers' files, and outputs agree with diffusers' up to rounding.
+/// Parameters have the names of diffusers' files, and outputs agree with diffusers' up to rounding. In files of 2022 the
+/// attention layers are named `query`, `key`, `value` and `proj_attn`; they are read as `to_q`, `to_k`, `to_v` and
+/// `to_out.0`.
 ///
 /// # Example
 ///
@@ -73,6 +75,14 @@ impl NetworkConfig for UNet2DConfig {
 
     fn parameters_of(network: &UNet2DModel) -> &Parameters {
         network.parameters()
+    }
+
+    fn new_name(old: &str) -> Option<String> {
+        const BLOCKS: &str = ".attentions.";
+        let end = old.find(BLOCKS)? + BLOCKS.len();
+        let digits = old[end..].bytes().take_while(u8::is_ascii_digit).count();
+        let rest = old[end + digits..].strip_prefix('.')?;
+        attention::new_name(&old[..end + digits + 1], rest)
     }
 }
 

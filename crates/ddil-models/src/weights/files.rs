@@ -1,6 +1,6 @@
 //! The files of a network's weights in a folder, with the names of diffusers and transformers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -60,7 +60,8 @@ impl WeightFiles<'static> {
     /// The names of transformers, as in the text encoders of a pipeline.
     pub const TRANSFORMERS: Self = Self { stem: "model", variant: None };
 
-    /// The file or index of a transformers network in `folder`; that of the variant `fp16` if there is no other.
+    /// The file or index of a transformers network in `folder`; without it that of the variant `fp16`, or of the only
+    /// variant.
     ///
     /// # Errors
     ///
@@ -73,12 +74,36 @@ impl WeightFiles<'static> {
             {
                 WeightFiles { variant: half, ..files }.find(&folder)
             }
-            found => found,
+            _ => Ok(files.find_any(folder)?.0),
         }
     }
 }
 
 impl WeightFiles<'_> {
+    /// The file or index in `folder`, and its variant: that of these files or, if they name no variant and there are
+    /// only files of one, these.
+    ///
+    /// # Errors
+    ///
+    /// As [`find`](Self::find).
+    pub fn find_any(&self, folder: impl AsRef<Path>) -> Result<(PathBuf, Option<String>)> {
+        let folder = folder.as_ref();
+        let (others, missing) = match self.find(folder) {
+            Err(Error::NoWeights { others, path, expected }) => {
+                (others.clone(), Error::NoWeights { others, path, expected })
+            }
+            found => return Ok((found?, self.variant.map(str::to_owned))),
+        };
+        let variants: BTreeSet<String> = others.into_iter().filter_map(|(_, v)| v).collect();
+        match variants.first() {
+            Some(only) if variants.len() == 1 && self.variant.is_none() => {
+                let file = WeightFiles { variant: Some(only), ..*self }.find(folder)?;
+                Ok((file, Some(only.clone())))
+            }
+            _ => Err(missing),
+        }
+    }
+
     /// The file or index in `folder`.
     ///
     /// If both exist, the index is used, and for the stem `model` the file, as in diffusers and transformers.

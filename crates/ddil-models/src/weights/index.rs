@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
-use ddil_files::{parse_json, read_bounded, with_causes};
+use ddil_files::{parse_json, read_text_bounded, with_causes};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
@@ -45,10 +45,10 @@ pub(super) fn open_shards(index: &Path) -> Result<Vec<OpenFile>> {
 /// The shard of each tensor.
 fn read(index: &Path) -> Result<BTreeMap<String, String>> {
     let invalid = |source: &str| Error::InvalidJson { path: index.into(), source: source.into() };
-    let text = read_bounded(index, MAX_FILE_BYTES)
+    let text = read_text_bounded(index, MAX_FILE_BYTES)
         .map_err(|source| Error::Read { path: index.into(), source: source.into() })?;
-    ensure_unique_keys(&text)
-        .and_then(|()| parse_json::<Map<String, Value>>(&text))
+    ensure_unique_keys(text.as_bytes())
+        .and_then(|()| parse_json::<Map<String, Value>>(text.as_bytes()))
         .map_err(|source| Error::InvalidJson { path: index.into(), source: source.into() })
         .and_then(|mut object| match object.remove("weight_map") {
             Some(Value::Object(weight_map)) => Ok(weight_map),

@@ -102,6 +102,17 @@ impl Card {
         Ok(read_versioned(path, FORMAT_VERSION)?)
     }
 
+    /// The card of a folder, if it has one.
+    pub(super) fn in_folder(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join(FILE_NAME);
+        path.is_file().then(|| Self::from_file(&path)).transpose()
+    }
+
+    /// Whether the model is a student, which was trained for its own sampling settings.
+    pub(super) fn is_student(&self) -> bool {
+        !["", "teacher"].contains(&self.method.as_str())
+    }
+
     /// The default guidance scale: the midpoint of the range for a network with a guidance embedding, otherwise 1,
     /// which is no guidance.
     pub fn default_guidance_scale(&self) -> f64 {

@@ -113,12 +113,20 @@ impl Index {
         Ok(index)
     }
 
-    /// Selects a class that supports a network with a guidance embedding: `StableDiffusionPipeline` does not, the one
-    /// of XL does.
-    pub(super) fn support_guidance_embedding(&mut self) {
-        if self.class == PipelineClass::StableDiffusion {
-            self.class = PipelineClass::LatentConsistency;
+    /// Selects the pipeline of Stable Diffusion that can be called with this network and scheduler:
+    /// `LatentConsistencyModelPipeline` requires both an embedding of the guidance weight and `LCMScheduler`,
+    /// `StableDiffusionPipeline` supports either. That of XL stays.
+    pub(super) fn select_class(&mut self, has_guidance_embedding: bool, scheduler: &str) {
+        use PipelineClass::{LatentConsistency, StableDiffusion};
+        if matches!(self.class, LatentConsistency | StableDiffusion) {
+            let is_lcm = has_guidance_embedding && scheduler == "LCMScheduler";
+            self.class = if is_lcm { LatentConsistency } else { StableDiffusion };
         }
+    }
+
+    /// The class of a part.
+    pub(super) fn class_of(&self, part: &str) -> Option<&str> {
+        self.parts.get(part)?.as_ref().map(|[_, class]| class.as_str())
     }
 
     /// Whether the pipeline contains a part of that name.
@@ -126,9 +134,9 @@ impl Index {
         self.parts.get(part).is_some_and(Option::is_some)
     }
 
-    /// Whether a setting of that name is true.
-    pub(super) fn is_on(&self, setting: &str) -> bool {
-        self.settings.get(setting) == Some(&Value::Bool(true))
+    /// Whether a setting of that name is true or absent, for one that is true by default in diffusers.
+    pub(super) fn is_on_by_default(&self, setting: &str) -> bool {
+        self.settings.get(setting).is_none_or(|value| *value == Value::Bool(true))
     }
 
     /// Writes the index of a folder atomically.
@@ -195,7 +203,9 @@ mod tests {
         assert_eq!(index.class, PipelineClass::StableDiffusion);
         assert!(index.class.is_text_to_image());
         assert!(index.has("text_encoder") && !index.has("safety_checker") && !index.has("other"));
-        assert!(index.is_on("requires_safety_checker") && !index.is_on("vae"));
+        assert!(
+            index.is_on_by_default("requires_safety_checker") && index.is_on_by_default("absent")
+        );
         index.write(folder.path()).expect("written");
         assert_eq!(Index::read(folder.path()).expect("a pipeline"), index);
         let written: Map<String, Value> =

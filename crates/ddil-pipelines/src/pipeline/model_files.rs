@@ -15,7 +15,8 @@ use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use super::index::{self, Index, PipelineClass};
-use super::{Pipeline, SCHEDULER, UNET, card};
+use super::published::{PublishedScheduler, network_config};
+use super::{Card, Pipeline, SCHEDULER, UNET, card};
 use crate::error::{Error, Result};
 
 /// The file format of written weights.
@@ -136,7 +137,14 @@ impl ModelFiles {
         let folders = present.map(|(name, _)| (name.clone(), folder.join(name))).collect();
         let card = Some(folder.join(card::FILE_NAME)).filter(|card| card.is_file());
         let scheduler = SchedulerSource::File(folder.join(SCHEDULER));
-        Ok(Self { index, folders, scheduler, card, variant: variant.map(str::to_owned) })
+        let variant = variant.map(str::to_owned);
+        let mut parts = Self { index, folders, scheduler, card, variant };
+        // As version 0.1 wrote students of DDIM with a guidance embedding; diffusers cannot call that.
+        let is_lcm = parts.index.class == PipelineClass::LatentConsistency;
+        if is_lcm && parts.scheduler_class().is_ok_and(|class| class != "LCMScheduler") {
+            parts.index.class = PipelineClass::StableDiffusion;
+        }
+        Ok(parts)
     }
 
     /// The files of a network folder.
@@ -156,14 +164,12 @@ impl ModelFiles {
     ) -> Result<Self> {
         let folder = Self::network_at(path)
             .ok_or_else(|| Error::NotAModel { path: path.to_owned(), missing: "config.json" })?;
-        let config = ModelConfig::from_file(folder.join("config.json"), UnknownKeys::Refuse)?;
+        let config_file = folder.join("config.json");
+        let config = ModelConfig::from_file(config_file, UnknownKeys::IgnoreForeign)?;
         let mut parts = match others {
             Some(others) => Self::of_pipeline(others, variant)?,
             None => Self::without_others(&config, variant),
         };
-        if config.time_cond_proj_dim().is_some() {
-            parts.index.support_guidance_embedding();
-        }
         parts.folders.insert(UNET.to_owned(), folder);
         // The card describes the network of the other pipeline.
         parts.card = None;
@@ -178,7 +184,19 @@ impl ModelFiles {
             }
             None => {}
         }
+        let class = parts.scheduler_class().unwrap_or_else(|_| "DDIMScheduler".to_owned());
+        parts.index.select_class(config.time_cond_proj_dim().is_some(), &class);
+        let part = ["diffusers".to_owned(), class];
+        parts.index.parts.insert("scheduler".to_owned(), Some(part));
         Ok(parts)
+    }
+
+    /// The class in the scheduler's file. A file that cannot be read is reported with the other parts.
+    fn scheduler_class(&self) -> Result<String> {
+        match &self.scheduler {
+            SchedulerSource::File(path) => Ok(self.published_scheduler(path)?.class()),
+            SchedulerSource::StableDiffusion => Ok(stable_diffusion_scheduler().class().to_owned()),
+        }
     }
 
     /// Whether `path` is the folder of a network or contains one named `unet`.
@@ -226,8 +244,7 @@ impl ModelFiles {
     ///
     /// [`Error::Models`] for an invalid config.
     pub fn network(&self) -> Result<ModelConfig> {
-        let file = self.folder(UNET).join("config.json");
-        Ok(ModelConfig::from_file(file, UnknownKeys::Refuse)?)
+        network_config(&self.folder(UNET).join("config.json"), self.index.class)
     }
 
     /// The scheduler, and the class of the solver that it replaces, if any.
@@ -237,9 +254,18 @@ impl ModelFiles {
     /// [`Error::Scheduler`] for an invalid config.
     pub fn scheduler(&self) -> Result<(SchedulerConfig, Option<String>)> {
         match &self.scheduler {
-            SchedulerSource::File(path) => Ok(SchedulerConfig::from_file_any(path)?),
+            SchedulerSource::File(path) => {
+                let published = self.published_scheduler(path)?;
+                Ok((published.config()?, published.replaced_solver().map(str::to_owned)))
+            }
             SchedulerSource::StableDiffusion => Ok((stable_diffusion_scheduler(), None)),
         }
+    }
+
+    fn published_scheduler(&self, path: &Path) -> Result<PublishedScheduler> {
+        let card = self.card.as_ref().map(|card| Card::from_file(card)).transpose()?;
+        let named = self.index.class_of("scheduler");
+        PublishedScheduler::read(path, Some(self.index.class), named, card.as_ref())
     }
 
     /// A summary of each part. Only headers are read, no values.
@@ -296,9 +322,7 @@ impl ModelFiles {
     ///
     /// As [`check`](Self::check) for the network; [`Error::Models`] if the file cannot be written.
     pub fn write_network(&self, path: &Path, kind: Option<Kind>) -> Result<()> {
-        self.check_part(UNET)?;
-        let (file, _) = self.weights(UNET)?;
-        let tensors: Vec<_> = weights::read_all(file)?.into_iter().collect();
+        let tensors = self.read(UNET)?;
         Ok(weights::save_as(&tensors, path, &BTreeMap::new(), kind)?)
     }
 
@@ -349,27 +373,24 @@ impl ModelFiles {
     fn check_part(&self, name: &str) -> Result<()> {
         let folder = self.folder(name);
         match PartKind::of(name) {
-            PartKind::Network => {
-                let config = self.network()?;
-                let without_values = config.without_values()?;
-                let (file, _) = self.weights(name)?;
-                Ok(weights::ensure_fits(&without_values.parameters().named(), file)?)
+            PartKind::Network | PartKind::Autoencoder | PartKind::TextEncoder => {
+                self.read(name).map(drop)
             }
-            PartKind::Autoencoder | PartKind::TextEncoder => self.read(name).map(drop),
             PartKind::Tokenizer => Ok(ClipTokenizer::from_folder(folder).map(drop)?),
             PartKind::Scheduler => Ok(self.scheduler()?.0.schedule().map(drop)?),
             PartKind::Other => Ok(()),
         }
     }
 
-    /// The memory-mapped tensors of a part, with the names to be written. Those of text encoders and autoencoder are
-    /// checked against their configs.
+    /// The memory-mapped tensors of a part, with the names to be written, checked against its config.
     fn read(&self, name: &str) -> Result<Vec<(String, Tensor)>> {
         let config = self.folder(name).join("config.json");
         let (file, _) = self.weights(name)?;
         Ok(match PartKind::of(name) {
+            PartKind::Network => self.network()?.read_weights(file)?,
             PartKind::Autoencoder => {
-                AutoencoderKLConfig::from_file(config, UnknownKeys::Refuse)?.read_weights(file)?
+                AutoencoderKLConfig::from_file(config, UnknownKeys::IgnoreForeign)?
+                    .read_weights(file)?
             }
             PartKind::TextEncoder => {
                 ClipTextConfig::from_file(config, UnknownKeys::Refuse)?.read_weights(file)?
@@ -380,22 +401,9 @@ impl ModelFiles {
 
     /// The file or index of a part's weights, and its variant.
     fn weights(&self, name: &str) -> Result<(PathBuf, Option<String>)> {
-        let folder = self.folder(name);
-        let of = |variant| WeightFiles { stem: PartKind::of(name).stem(), variant }.find(folder);
-        if let Some(variant) = &self.variant {
-            return Ok((of(Some(variant))?, Some(variant.clone())));
-        }
-        match of(None) {
-            Err(ModelsError::NoWeights { others, path, expected }) => {
-                let mut variants: Vec<_> = others.iter().filter_map(|(_, v)| v.clone()).collect();
-                variants.dedup();
-                match variants.as_slice() {
-                    [only] => Ok((of(Some(only))?, Some(only.clone()))),
-                    _ => Err(ModelsError::NoWeights { others, path, expected }.into()),
-                }
-            }
-            found => Ok((found?, None)),
-        }
+        let variant = self.variant.as_deref();
+        let files = WeightFiles { stem: PartKind::of(name).stem(), variant };
+        Ok(files.find_any(self.folder(name))?)
     }
 
     fn ensure_writable(&self, folder: &Path, replace: bool) -> Result<()> {
@@ -453,7 +461,10 @@ impl ModelFiles {
 
     fn write_scheduler(&self, folder: &Path) -> Result<()> {
         match &self.scheduler {
-            SchedulerSource::File(path) => copy(path, &folder.join(SCHEDULER)),
+            SchedulerSource::File(path) => match self.published_scheduler(path)?.corrected() {
+                Some(text) => Ok(write_atomic(&folder.join(SCHEDULER), text.as_bytes())?),
+                None => copy(path, &folder.join(SCHEDULER)),
+            },
             SchedulerSource::StableDiffusion => {
                 Ok(stable_diffusion_scheduler().write(folder.join(SCHEDULER))?)
             }

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ddil_models::{AutoencoderKL, ModelConfig, Placement, UnknownKeys};
+use ddil_models::{AutoencoderKL, AutoencoderKLConfig, ModelConfig, Placement};
 use ddil_schedulers::SchedulerConfig;
 
 use super::index::{Index, PipelineClass};
+use super::published::{self, VAE};
 use super::text_to_image::TextToImageComponents;
 use crate::error::{Error, Result};
 
@@ -17,9 +18,6 @@ pub struct PipelineParts {
     path: PathBuf,
     index: Index,
 }
-
-/// The folder of the autoencoder.
-const VAE: &str = "vae";
 
 /// Parts that are written, not copied.
 const WRITTEN: [&str; 2] = ["unet", "scheduler"];
@@ -55,10 +53,16 @@ impl PipelineParts {
     ///
     /// The errors of its files.
     pub fn autoencoder(&self, placement: Placement) -> Result<AutoencoderKL> {
-        let folder = self.path.join(VAE);
-        let vae = AutoencoderKL::from_folder(folder, placement, UnknownKeys::Refuse, None)?;
-        vae.parameters().set_trainable(false);
-        Ok(vae)
+        published::autoencoder(&self.path, self.class(), placement)
+    }
+
+    /// The config of that autoencoder, with the settings that diffusers' pipeline applies to latents.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Models`] if it cannot be read.
+    pub fn autoencoder_config(&self) -> Result<AutoencoderKLConfig> {
+        published::autoencoder_config(&self.path, self.class())
     }
 
     /// Names of the folders that encoded texts and images depend on.
@@ -92,9 +96,7 @@ impl PipelineParts {
                 source.copy_parts(folder)?;
                 let mut index = source.index.clone();
                 index.parts.extend(written.parts);
-                if network.time_cond_proj_dim().is_some() {
-                    index.support_guidance_embedding();
-                }
+                index.select_class(network.time_cond_proj_dim().is_some(), scheduler.class());
                 index
             }
             _ => written,

@@ -12,6 +12,7 @@ use ddil_models::{
 use tch::{Kind, Tensor};
 
 use super::index::{Index, PipelineClass};
+use super::published;
 use crate::error::{Error, Result};
 
 /// The frozen components of a text-to-image model: tokenizers, text encoders, autoencoder.
@@ -78,7 +79,7 @@ impl TextToImageComponents {
                 (&[("tokenizer", "text_encoder")], Family::StableDiffusion)
             }
             PipelineClass::StableDiffusionXl => {
-                let zeros_for_empty_prompt = index.is_on("force_zeros_for_empty_prompt");
+                let zeros_for_empty_prompt = index.is_on_by_default("force_zeros_for_empty_prompt");
                 let names = &[("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")];
                 (names, Family::StableDiffusionXl { zeros_for_empty_prompt })
             }
@@ -96,9 +97,7 @@ impl TextToImageComponents {
             let (tokenizer, model) = (folder.join(tokenizer), folder.join(encoder));
             TextEncoder::read(&tokenizer, &model, placement)
         });
-        let vae =
-            AutoencoderKL::from_folder(folder.join("vae"), placement, UnknownKeys::Refuse, None)?;
-        vae.parameters().set_trainable(false);
+        let vae = published::autoencoder(folder, index.class, placement)?;
         Ok(Self { encoders: encoders.collect::<Result<_>>()?, vae, family })
     }
 

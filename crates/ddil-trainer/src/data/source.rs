@@ -11,10 +11,7 @@ use ddil_data::{
 };
 use ddil_files::{Invalid, listed};
 use ddil_metrics::FASHION_CLASSES;
-use ddil_models::{
-    AdditionEmbedType, AutoencoderKLConfig, ModelConfig, NetworkConfig, Placement,
-    UNet2DConditionConfig, UnknownKeys,
-};
+use ddil_models::{AdditionEmbedType, ModelConfig, Placement, UNet2DConditionConfig};
 use ddil_pipelines::{Pipeline, PipelineParts};
 use tch::{Device, Kind, Tensor};
 
@@ -502,8 +499,7 @@ fn encoded_shape(teacher: &Pipeline) -> Result<EncodedShape> {
     let Some(text_width) = config.cross_attention_dim.at(0).map(i64::from) else {
         return invalid("teacher's cross_attention_dim", "empty", "a width");
     };
-    let path = teacher.parts.path().join("vae").join("config.json");
-    let vae = AutoencoderKLConfig::from_file(path, UnknownKeys::Refuse)?;
+    let vae = teacher.parts.autoencoder_config()?;
     let channels = i64::from(vae.latent_channels);
     if [config.in_channels, config.out_channels].map(i64::from) != [channels; 2] {
         let value = format!("{}, {}", config.in_channels, config.out_channels);

@@ -77,6 +77,16 @@ fn ensure_kind(config: &DistillConfig, teacher: &Pipeline) -> Result<()> {
         let found = format!("a {} in a {}", model.class_name(), class.as_str());
         return invalid("teacher.path", found, expected);
     }
+    let embedded = match &model {
+        ModelConfig::UNet2D(unet) => unet.class_embed_type,
+        ModelConfig::UNet2DCondition(unet) => unet.class_embed_type,
+        _ => None,
+    };
+    if let Some(kind) = embedded {
+        let found = format!("a network with `class_embed_type` {}", serde_json::json!(kind));
+        let expected = "a network without it: classes are given by index (`num_class_embeds`)";
+        return invalid("teacher.path", found, expected);
+    }
     if takes_text && teacher.network.is_class_conditional() {
         let expected = "a model without class labels: text data have none";
         return invalid("teacher.path", "a text-to-image model with class labels", expected);

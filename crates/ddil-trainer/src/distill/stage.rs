@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use ddil_core::{Mixer, RandomStreams, Stream};
+use ddil_core::{Mixer, RandomStreams, Stream, StudentPolicy};
 use ddil_losses::{Objective, TeacherGuidance};
 use ddil_schedulers::{NoiseSchedule, Timesteps};
 
@@ -35,7 +35,16 @@ impl Stage {
         let training = config.objective.training_grid(schedule, steps)?;
         let sampling = config.objective.sampling_grid(schedule, steps)?;
         let objective = config.objective.build(schedule, &training)?;
-        let mixer = spilling::mixing(config, run);
+        let mut mixer = spilling::mixing(config, run);
+        if training != sampling && mixer.student.policy == StudentPolicy::default() {
+            // The default, chains, requires a student that is sampled where it is trained.
+            tracing::info!(
+                "mixing.student.policy is `fresh`: {} trains between the timesteps of sampling, where there are no \
+                 chains",
+                config.objective.as_str()
+            );
+            mixer.student.policy = StudentPolicy::Fresh;
+        }
         let sampler = config.objective.sampler_config(schedule).build(schedule)?;
         let mixer = Mixer::with_rollout(mixer, training, sampling.clone(), sampler)?;
         let guidance = match (index, config.teacher.guidance) {

@@ -1,28 +1,38 @@
 //! `ddil export`.
 
-use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
+use ddil_core::Denoiser;
 use ddil_models::{
-    Error as ModelsError, Lora, LoraFormat, Model, ModelConfig, NetworkConfig,
-    UNet2DConditionConfig, UnknownKeys,
+    Error as ModelsError, Lora, LoraFormat, Model, ModelConfig, NetworkConfig, Placement,
+    Precision, UNet2DConditionConfig, UnknownKeys,
 };
-use ddil_pipelines::{ModelFiles, PartSummary, Pipeline, WeightForm};
+use ddil_pipelines::{
+    Card, ModelFiles, PartSummary, Pipeline, Scheduler, WeightForm, model_card, write_model_card,
+};
+use ddil_schedulers::Timesteps;
+use ddil_trainer::Logging;
 use ddil_trainer::checkpoint::find_latest;
 use tch::Kind;
 
-use super::model_card::model_card;
 use super::{or_forced, print};
 use crate::cli::ExportArgs;
 
+/// The value of `--lora` that writes a whole model.
+const MERGED: &str = "merged";
+
 pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
+    Logging::start("info")?;
     if args.source.is_file() {
         return adapters(args, &args.source, args.base.as_deref());
     }
     if let Some((file, base)) = Pipeline::adapter_at(&args.source)? {
         print_exported_step(&args.source)?;
+        if args.lora.as_deref() == Some(MERGED) {
+            return merged(args);
+        }
         return adapters(args, &file, Some(args.base.as_ref().unwrap_or(&base)));
     }
     ensure!(
@@ -36,18 +46,14 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
         args.source.display()
     );
     print_exported_step(&args.source)?;
-    let form = WeightForm {
-        kind: args.dtype.as_deref().map(parse_kind).transpose()?,
-        variant: args.variant.clone(),
-        max_shard_bytes: parse_bytes(&args.max_shard_size)?,
-    };
+    let form = form(args)?;
     let parts = ModelFiles::of_pipeline(&args.source, None)
         .with_context(|| format!("{} cannot be exported", args.source.display()))?;
     match args.format.as_str() {
         "diffusers" => {
             let written = or_forced(parts.write(&args.output, &form, args.force))?;
             print(&format!("{}{}\n", table(&written), args.output.display()))?;
-            write_model_card(&args.output)?;
+            print_model_card(&args.output)?;
         }
         "single-file-unet" => {
             ensure!(
@@ -63,11 +69,10 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes and prints `README.md` if sampling needs something that diffusers' pipelines do not do by themselves.
-fn write_model_card(folder: &Path) -> anyhow::Result<()> {
-    let Some(card) = model_card(folder)? else { return Ok(()) };
-    let path = folder.join("README.md");
-    fs::write(&path, &card).with_context(|| format!("could not write {}", path.display()))?;
+/// Writes `README.md` and prints its program.
+fn print_model_card(folder: &Path) -> anyhow::Result<()> {
+    let path = write_model_card(folder)?;
+    let card = model_card(folder)?;
     let code = card.split("```").nth(1).unwrap_or_default();
     let code = code.trim_start_matches("python\n").replace('\n', "\n  ");
     print(&format!("\nwith diffusers ({}):\n\n  {}\n", path.display(), code.trim_end()))
@@ -91,15 +96,51 @@ fn print_exported_step(source: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The whole model of an adapter, with the adapter merged into the weights.
+fn merged(args: &ExportArgs) -> anyhow::Result<ExitCode> {
+    ensure!(args.base.is_none(), "--base: the folder of the adapter names its base");
+    ensure!(args.format == "diffusers", "--lora {MERGED} requires --format diffusers");
+    let pipeline = Pipeline::open(&args.source, Placement::default(), Precision::Float32)?;
+    let timesteps = pipeline.timesteps.clone().map(|list| {
+        Timesteps::explicit(list, pipeline.network.schedule().num_train_timesteps() as u32)
+    });
+    let (sampler, thresholding) = (pipeline.sampler, &pipeline.thresholding);
+    let timesteps = timesteps.transpose()?;
+    let scheduler = Scheduler::new(&pipeline.network, sampler, thresholding, timesteps.as_ref())?;
+    let card = Card { adapter: None, ..pipeline.card.clone() };
+    // Written as it is, then in the form of the options.
+    let parent = ddil_files::parent(&args.output);
+    let whole = tempfile::Builder::new().prefix(ddil_files::TEMPORARY).tempdir_in(parent)?;
+    Pipeline::write(whole.path(), &pipeline.network, &scheduler, &card, Some(&pipeline.parts))?;
+    let parts = ModelFiles::of_pipeline(whole.path(), None)?;
+    let written = or_forced(parts.write(&args.output, &form(args)?, args.force))?;
+    print(&format!("{}{}\n", table(&written), args.output.display()))?;
+    print_model_card(&args.output)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The form of written weights.
+fn form(args: &ExportArgs) -> anyhow::Result<WeightForm> {
+    Ok(WeightForm {
+        kind: args.dtype.as_deref().map(parse_kind).transpose()?,
+        variant: args.variant.clone(),
+        max_shard_bytes: parse_bytes(&args.max_shard_size)?,
+    })
+}
+
 /// Converts adapters to the names of another format.
 fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Result<ExitCode> {
     let source = file.display();
     let format = match args.lora.as_deref() {
         Some("diffusers") => LoraFormat::Diffusers,
         Some("kohya") => LoraFormat::Kohya,
-        Some(other) => bail!("--lora is `{other}`; expected `diffusers` or `kohya`"),
+        Some(MERGED) => bail!(
+            "--lora {MERGED} requires the run or model folder of an adapter, which names its base; {source} is a file"
+        ),
+        Some(other) => bail!("--lora is `{other}`; expected `diffusers`, `kohya` or `{MERGED}`"),
         None => bail!(
-            "{source} contains adapters; choose their names with --lora diffusers or --lora kohya"
+            "{source} contains adapters; choose their names with --lora diffusers or --lora kohya, or write the whole \
+             model with --lora {MERGED}"
         ),
     };
     for (flag, given) in [("--dtype", args.dtype.is_some()), ("--variant", args.variant.is_some())]
@@ -107,7 +148,7 @@ fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Resu
         ensure!(!given, "{flag} applies to models only; adapters are written unchanged");
     }
     ensure_free(&args.output, args.force)?;
-    let lora = read_adapters(file, base)?;
+    let (lora, _) = read_adapters(file, base)?;
     lora.save(&args.output, format)?;
     if !lora.ignored().is_empty() {
         eprintln!(
@@ -119,26 +160,28 @@ fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Resu
     Ok(ExitCode::SUCCESS)
 }
 
-/// The adapters of a file on a network without values: the named model, or the first known one that they fit.
-fn read_adapters(path: &Path, base: Option<&Path>) -> anyhow::Result<Lora> {
+/// The adapters of a file on a network without values, and the name of that: the given model, or the first known one
+/// that they fit.
+pub(super) fn read_adapters(path: &Path, base: Option<&Path>) -> anyhow::Result<(Lora, String)> {
     if let Some(base) = base {
         let places = ["config.json", "unet/config.json", "export/unet/config.json"];
         let found = places.iter().map(|place| base.join(place)).find(|place| place.is_file());
         let Some(config) = found else { bail!("--base: {} contains no model", base.display()) };
-        let network = ModelConfig::from_file(config, UnknownKeys::Refuse)?.without_values()?;
-        return Ok(Lora::from_file(network.parameters(), path)?);
+        let network =
+            ModelConfig::from_file(config, UnknownKeys::IgnoreForeign)?.without_values()?;
+        return Ok((Lora::from_file(network.parameters(), path)?, base.display().to_string()));
     }
     let known = [
-        UNet2DConditionConfig::sd15(),
-        UNet2DConditionConfig::sd21(),
-        UNet2DConditionConfig::sdxl(),
-        UNet2DConditionConfig::ssd_1b(),
+        ("Stable Diffusion 1.5", UNet2DConditionConfig::sd15()),
+        ("Stable Diffusion 2.1", UNet2DConditionConfig::sd21()),
+        ("Stable Diffusion XL", UNet2DConditionConfig::sdxl()),
+        ("SSD-1B", UNet2DConditionConfig::ssd_1b()),
     ];
-    for config in known {
+    for (name, config) in known {
         let network = Model::UNet2DCondition(config.without_values()?);
         match Lora::from_file(network.parameters(), path) {
             Err(ModelsError::WeightsMismatch { .. }) => {}
-            read => return Ok(read?),
+            read => return Ok((read?, name.to_owned())),
         }
     }
     bail!(

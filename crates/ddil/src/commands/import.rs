@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
+use ddil_trainer::Logging;
 
 use super::export::{parse_bytes, parse_kind, table};
 use super::{or_forced, print};
@@ -13,6 +14,7 @@ use crate::cli::ImportArgs;
 const SINGLE_FILES: [&str; 5] = ["safetensors", "ckpt", "bin", "pt", "pth"];
 
 pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
+    Logging::start("info")?;
     let form = WeightForm {
         kind: Some(parse_kind(&args.dtype)?),
         variant: None,

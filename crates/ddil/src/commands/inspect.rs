@@ -1,16 +1,21 @@
 //! `ddil inspect`.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::bail;
 use ddil_core::Denoiser;
-use ddil_models::{Placement, Precision};
+use ddil_models::weights::{self, WeightFiles};
+use ddil_models::{ModelConfig, Placement, Precision, UnknownKeys};
 use ddil_pipelines::{ModelFiles, Pipeline};
+use ddil_trainer::Logging;
 use ddil_trainer::checkpoint::{self, Checkpoint, find_latest, list};
 use ddil_trainer::run_folder::{Status, is_in_use};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+use tch::Tensor;
 
+use super::export::read_adapters;
 use super::print;
 use super::terminal::Levels;
 use crate::cli::InspectArgs;
@@ -19,6 +24,7 @@ use crate::report::summary::{METRICS, is_run};
 use crate::results::aligned;
 
 pub(crate) fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
+    Logging::start("info")?;
     let found = describe(&args.path)?;
     let text = if args.json {
         serde_json::to_string_pretty(&found)? + "\n"
@@ -70,16 +76,80 @@ fn describe(path: &Path) -> anyhow::Result<Value> {
     if Pipeline::is_at(path) {
         return model(path);
     }
+    if ModelFiles::is_network_at(path) {
+        return network(path);
+    }
+    if path.is_file() && path.extension().is_some_and(|end| end == "safetensors") {
+        return weights_file(path);
+    }
     if !path.exists() {
         bail!(
-            "{} does not exist; expected a run folder, a checkpoint or a model folder",
+            "{} does not exist; expected a run folder, a checkpoint, a model folder, a network folder or a file of weights",
             path.display()
         );
     }
     bail!(
-        "{} is not a run folder (no status.json), a checkpoint (no manifest.json) or a model folder (no model_index.json)",
+        "{} is not a run folder (no status.json), a checkpoint (no manifest.json), a model folder (no model_index.json), a \
+         network folder (no config.json) or a .safetensors file",
         path.display()
     )
+}
+
+/// A network without a pipeline: its settings, and the headers of its weights.
+fn network(path: &Path) -> anyhow::Result<Value> {
+    let inner = path.join("unet");
+    let folder = if path.join("config.json").is_file() { path } else { &inner };
+    let file = folder.join("config.json");
+    let config = ModelConfig::from_file(&file, UnknownKeys::IgnoreForeign)?;
+    let (weights, variant) = WeightFiles::DIFFUSION.find_any(folder)?;
+    let tensors = config.read_weights(&weights)?;
+    let mut found = of_tensors(tensors.iter().map(|(_, tensor)| tensor));
+    found.insert("kind".to_owned(), json!("network"));
+    found.insert("folder".to_owned(), json!(folder.display().to_string()));
+    found.insert("variant".to_owned(), json!(variant));
+    found.insert("settings".to_owned(), json!(config));
+    found.insert("ignored_keys".to_owned(), json!(ModelConfig::foreign_keys(&file)?));
+    Ok(Value::Object(found))
+}
+
+/// Adapters, or the weights of any network.
+fn weights_file(path: &Path) -> anyhow::Result<Value> {
+    let tensors = weights::read_all(path)?;
+    let mut found = of_tensors(tensors.values());
+    found.insert("tensors".to_owned(), json!(tensors.len()));
+    found.insert("metadata".to_owned(), json!(weights::read_metadata(path)?));
+    let is_adapter = |name: &String| name.contains("lora_") || name.contains(".lora.");
+    if !tensors.keys().any(is_adapter) {
+        found.insert("kind".to_owned(), json!("weights"));
+        return Ok(Value::Object(found));
+    }
+    found.insert("kind".to_owned(), json!("adapters"));
+    match read_adapters(path, None) {
+        Ok((lora, base)) => {
+            let layers = lora.layers();
+            let ranks: BTreeSet<i64> = layers.iter().map(|layer| layer.rank).collect();
+            let mut alphas: Vec<f64> = layers.iter().map(|layer| layer.alpha).collect();
+            alphas.sort_by(f64::total_cmp);
+            alphas.dedup();
+            found.insert("fits".to_owned(), json!(base));
+            found.insert("layers".to_owned(), json!(layers.len()));
+            found.insert("ranks".to_owned(), json!(ranks));
+            found.insert("alphas".to_owned(), json!(alphas));
+            found.insert("of_text_encoders".to_owned(), json!(lora.ignored().len()));
+        }
+        Err(error) => drop(found.insert("fits".to_owned(), json!(error.to_string()))),
+    }
+    Ok(Value::Object(found))
+}
+
+/// Number of values, and their kinds.
+fn of_tensors<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Map<String, Value> {
+    let (mut values, mut kinds) = (0, BTreeSet::new());
+    for tensor in tensors {
+        values += tensor.numel();
+        kinds.insert(format!("{:?}", tensor.kind()));
+    }
+    Map::from_iter([("parameters".to_owned(), json!(values)), ("kinds".to_owned(), json!(kinds))])
 }
 
 fn run_folder(path: &Path) -> anyhow::Result<Value> {

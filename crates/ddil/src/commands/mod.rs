@@ -8,7 +8,6 @@ pub(crate) mod export;
 pub(crate) mod import;
 pub(crate) mod init;
 pub(crate) mod inspect;
-mod model_card;
 mod model_source;
 pub(crate) mod range;
 pub(crate) mod report;

@@ -21,6 +21,7 @@ mod lora;
 mod methods;
 mod numbers;
 mod prompts;
+mod published;
 mod report;
 mod resume;
 mod soak;
