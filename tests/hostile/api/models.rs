@@ -632,6 +632,7 @@ fn weight_files(cases: &mut Cases) {
         cases.once("read_metadata", odd, || outcome(weights::read_metadata(&at)));
         let files = WeightFiles { stem: odd, variant: Some(odd) };
         cases.once("WeightFiles::find", odd, || outcome(files.find(folder.path())));
+        cases.once("WeightFiles::find_any", odd, || outcome(files.find_any(folder.path())));
         cases.once("WeightFiles::save", odd, || outcome(files.save(&named(&x), folder.path())));
         cases.once("WeightFiles::save_sharded", odd, || {
             outcome(files.save_sharded(&twice, folder.path(), 0))

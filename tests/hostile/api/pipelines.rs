@@ -45,6 +45,8 @@ fn ddil_pipelines() {
         "Scheduler::new",
         "grid_of_classes",
         "grid_of_prompts",
+        "model_card",
+        "write_model_card",
     ]);
     cases.cannot_fail(&[
         "Layout::columns",

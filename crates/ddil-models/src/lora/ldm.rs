@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// The names of the U-Net of [CompVis](https://github.com/CompVis/latent-diffusion), which counts the blocks of all levels
+/// The names of the U-Net of [latent diffusion](https://github.com/CompVis/latent-diffusion), which counts the blocks of all levels
 /// in one list: `input_blocks.4.1` is `down_blocks.1.attentions.0` of a network with two residual blocks per level.
 pub(super) struct LdmNames {
     down: Path,

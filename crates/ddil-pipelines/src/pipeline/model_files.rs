@@ -263,7 +263,7 @@ impl ModelFiles {
     }
 
     fn published_scheduler(&self, path: &Path) -> Result<PublishedScheduler> {
-        let card = self.card.as_ref().map(|card| Card::from_file(card)).transpose()?;
+        let card = self.card.as_deref().map(Card::from_file).transpose()?;
         let named = self.index.class_of("scheduler");
         PublishedScheduler::read(path, Some(self.index.class), named, card.as_ref())
     }
