@@ -139,6 +139,12 @@ pub(crate) const PRESETS: [Preset; 26] = [
         text: include_str!("../presets/compare-fashion-mnist-16.toml"),
     },
     Preset {
+        name: "compare-dmd2",
+        verb: "compare",
+        about: "DMD2 as published, and with a critic and noise levels that follow the student's steps, at 16x16",
+        text: include_str!("../presets/compare-dmd2.toml"),
+    },
+    Preset {
         name: "fashion-mnist-text-lcm-ddil",
         verb: "distill",
         about: "a text-to-image model of Fashion-MNIST to 4 steps, by LCM with DDIL",
