@@ -112,11 +112,16 @@ pub fn fashion_mnist_folders() -> Vec<PathBuf> {
 
 /// The cache folder, whose content can be downloaded or computed again: `$DDIL_CACHE`, or `$XDG_CACHE_HOME/ddil`, or
 /// `~/.cache/ddil`.
+///
+/// A relative `XDG_CACHE_HOME` is ignored, as its specification requires. Without `HOME` the home folder is that of the
+/// user's account, and without an account the cache is in the system's folder of temporary files.
 pub fn cache_folder() -> PathBuf {
+    let xdg = || path_in("XDG_CACHE_HOME").filter(|cache| cache.is_absolute());
+    let home = || env::home_dir().filter(|home| home.is_absolute());
     path_in("DDIL_CACHE")
-        .or_else(|| path_in("XDG_CACHE_HOME").map(|cache| cache.join("ddil")))
-        .or_else(|| path_in("HOME").map(|home| home.join(".cache/ddil")))
-        .unwrap_or_default()
+        .or_else(|| xdg().map(|cache| cache.join("ddil")))
+        .or_else(|| home().map(|home| home.join(".cache/ddil")))
+        .unwrap_or_else(|| env::temp_dir().join("ddil-cache"))
 }
 
 /// The path in an environment variable; `None` if it is unset or empty.

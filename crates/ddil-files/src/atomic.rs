@@ -16,8 +16,9 @@ pub const TEMPORARY: &str = ".tmp-";
 
 /// Replaces a file atomically: readers see the complete old content or the complete new content, even after a crash.
 ///
-/// The content is written to a temporary file in the same folder, flushed to disk and renamed. A folder, a device, a pipe
-/// or a socket is not replaced: as root, the rename would remove `/dev/null` itself.
+/// The content is written to a temporary file in the same folder, flushed to disk and renamed. Where `path` is a link,
+/// the file that it leads to is replaced. A folder, a device, a pipe or a socket is not replaced: as root, the rename
+/// would remove `/dev/null` itself.
 ///
 /// # Errors
 ///
@@ -34,14 +35,14 @@ pub const TEMPORARY: &str = ".tmp-";
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
-    ensure_replaceable(path)?;
-    let temporary = temporary_sibling(path);
+    let target = &replaceable(path)?;
+    let temporary = temporary_sibling(target);
     // Errors name the target, not the temporary file.
     let written = write_synced(&temporary, path, content)
         .and_then(|()| {
-            fault::rename(Point::FileRename, &temporary, path).map_err(Error::io("replace", path))
+            fault::rename(Point::FileRename, &temporary, target).map_err(Error::io("replace", path))
         })
-        .and_then(|()| sync_folder(parent(path)));
+        .and_then(|()| sync_folder(parent(target)));
     if written.is_err() {
         // Only the first error is reported.
         let _ = fs::remove_file(&temporary);
@@ -49,16 +50,45 @@ pub fn write_atomic(path: &Path, content: &[u8]) -> Result<()> {
     written
 }
 
-/// Whatever exists there must be a regular file, or a link to one.
-fn ensure_replaceable(path: &Path) -> Result<()> {
-    match fs::metadata(path) {
-        Ok(found) if !found.is_file() => {
-            let reason = "it exists and is not a regular file";
-            let error = io::Error::new(io::ErrorKind::InvalidInput, reason);
-            Err(Error::io("replace", path)(error))
+/// The file that a write to `path` replaces: `path` itself, or where a link leads, so that links stay links.
+///
+/// # Errors
+///
+/// [`Error::Io`] for a folder, a device, a pipe or a socket, for a circle of links, and for a file that cannot be
+/// examined.
+///
+/// # Example
+///
+/// ```
+/// let folder = tempfile::tempdir()?;
+/// let link = folder.path().join("latest.txt");
+/// std::os::unix::fs::symlink("first.txt", &link)?;
+/// assert_eq!(ddil_files::replaceable(&link)?, folder.path().join("first.txt"));
+/// assert!(ddil_files::replaceable(std::path::Path::new("/dev/null")).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn replaceable(path: &Path) -> Result<PathBuf> {
+    /// As many as Linux follows.
+    const MAX_LINKS: usize = 40;
+    let refused = |reason: String| {
+        Error::io("replace", path)(io::Error::new(io::ErrorKind::InvalidInput, reason))
+    };
+    let mut target = path.to_owned();
+    for _ in 0..MAX_LINKS {
+        match fs::symlink_metadata(&target) {
+            Ok(found) if found.is_symlink() => {
+                let next = fs::read_link(&target).map_err(Error::io("read the link", path))?;
+                target = parent(&target).join(next);
+            }
+            Ok(found) if !found.is_file() => {
+                return Err(refused("it exists and is not a regular file".to_owned()));
+            }
+            Ok(_) => return Ok(target),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(target),
+            Err(error) => return Err(Error::io("examine", path)(error)),
         }
-        _ => Ok(()),
     }
+    Err(refused(format!("more than {MAX_LINKS} links lead from it")))
 }
 
 fn write_synced(temporary: &Path, path: &Path, content: &[u8]) -> Result<()> {

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use serde::de::{DeserializeOwned, Error as _};
 
+use crate::mistaken_content;
 use crate::python_json::{with_quoted_words, without_mark};
 
 /// Parses JSON; an error is in the terms of a file instead of those of Rust's types.
@@ -37,7 +38,10 @@ pub fn parse_json<T: DeserializeOwned>(json: &[u8]) -> serde_json::Result<T> {
         }
         _ => Err(error),
     });
-    parsed.map_err(in_json_terms)
+    parsed.map_err(|error| match mistaken_content(json) {
+        Some(found) => serde_json::Error::custom(found),
+        None => in_json_terms(error),
+    })
 }
 
 /// The same error in the terms of a file, for one that did not come from [`parse_json`].

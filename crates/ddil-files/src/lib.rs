@@ -4,8 +4,8 @@
 //!
 //! | task | items |
 //! | --- | --- |
-//! | read untrusted files | [`open_regular_file`], [`read_bounded`], [`read_text_bounded`] |
-//! | write files that survive a crash | [`write_atomic`], [`sync_folder`], [`temporary_sibling`] |
+//! | read untrusted files | [`open_regular_file`], [`read_bounded`], [`read_text_bounded`]; [`mistaken_content`] names what was found instead |
+//! | write files that survive a crash | [`write_atomic`], [`replaceable`], [`sync_folder`], [`temporary_sibling`] |
 //! | read and write JSON with a version | [`write_json`], [`read_versioned`], [`read_json`], [`read_small_json`]; [`parse_json`], [`in_json_terms`] |
 //! | read and write settings of diffusers | [`JsonSettings`] |
 //! | read settings | [`Invalid`]; with the feature `settings`: `settings::Settings`, `settings::differences` |
@@ -39,6 +39,7 @@
 
 mod atomic;
 mod bounded;
+mod content;
 mod error;
 #[doc(hidden)]
 pub mod fault;
@@ -54,8 +55,9 @@ pub mod settings;
 #[cfg(feature = "settings")]
 mod strict_value;
 
-pub use atomic::{TEMPORARY, parent, sync_folder, temporary_sibling, write_atomic};
+pub use atomic::{TEMPORARY, parent, replaceable, sync_folder, temporary_sibling, write_atomic};
 pub use bounded::{open_regular_file, read_bounded, read_text_bounded};
+pub use content::mistaken_content;
 pub use error::{Error, Result};
 pub use file_terms::{in_json_terms, parse_json};
 pub use hex::hex;

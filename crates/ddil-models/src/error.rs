@@ -125,6 +125,18 @@ pub enum Error {
         /// Its kind.
         kind: Kind,
     },
+    /// A value is beyond the range of the kind that it was to be cast to; it would have become infinite.
+    #[error(
+        "`{name}` has a value of magnitude {value}, which {kind:?} cannot hold; choose a wider kind, such as float32 or bfloat16"
+    )]
+    OutOfRange {
+        /// The tensor.
+        name: String,
+        /// The largest magnitude.
+        value: f64,
+        /// The kind.
+        kind: Kind,
+    },
     /// A part of the conditioning that the network requires is missing.
     #[error("{op}: the network requires `{part}`, which is missing")]
     MissingPart {

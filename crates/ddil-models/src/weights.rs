@@ -257,7 +257,7 @@ pub fn save_as(
         file.write_all(&bytes).map_err(|e| write_error(path, e))?;
         for &index in &order {
             let tensor = &tensors[index].1;
-            let bytes = to_bytes(tensor, written_kind(tensor, kind))?;
+            let bytes = to_bytes(&tensors[index].0, tensor, written_kind(tensor, kind))?;
             file.write_all(&bytes).map_err(|e| write_error(path, e))?;
         }
         Ok(())
@@ -269,14 +269,15 @@ pub(crate) fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>,
 ) -> Result<()> {
-    let aside = ddil_files::temporary_sibling(path);
+    let target = ddil_files::replaceable(path).map_err(|e| write_error(path, e))?;
+    let aside = ddil_files::temporary_sibling(&target);
     let attempt = || {
         let file = File::create(&aside).map_err(|e| write_error(path, e))?;
         let mut buffered = BufWriter::with_capacity(1 << 20, &file);
         write(&mut buffered)?;
         buffered.flush().map_err(|e| write_error(path, e))?;
         drop(buffered);
-        put_in_place(&aside, path)
+        put_in_place(&aside, &target)
     };
     attempt().inspect_err(|_| {
         // The first error is the one to report.
@@ -316,7 +317,11 @@ impl OpenFile {
     fn open(path: &Path) -> Result<Self> {
         let file = MappedFile::open(path)?;
         let (header_len, header) = SafeTensors::read_metadata(file.bytes()).map_err(|source| {
-            Error::InvalidSafetensors { path: path.into(), source: source.into() }
+            let source = match ddil_files::mistaken_content(file.bytes()) {
+                Some(found) => found.into(),
+                None => source.into(),
+            };
+            Error::InvalidSafetensors { path: path.into(), source }
         })?;
         let data_start = size_of::<u64>() + header_len;
         index::ensure_unique_keys(&file.bytes()[size_of::<u64>()..data_start]).map_err(
@@ -333,6 +338,7 @@ impl OpenFile {
         let mut num_read = 0;
         for Copy { name, info, target } in copies {
             let source = self.tensor(&name, &info, room.as_ref())?;
+            ensure_in_range(&name, &source, target.kind())?;
             let copy = || {
                 // Trailing dimensions of 1 of a tensor under another name.
                 let source = source.f_view(&target.size()[..])?;
@@ -534,7 +540,28 @@ fn written_kind(tensor: &Tensor, kind: Option<Kind>) -> Kind {
     kind.filter(|_| is_float(own)).unwrap_or(own)
 }
 
-fn to_bytes(tensor: &Tensor, kind: Kind) -> Result<Cow<'static, [u8]>> {
+/// Checks that no finite value becomes infinite in another kind.
+fn ensure_in_range(name: &str, tensor: &Tensor, kind: Kind) -> Result<()> {
+    let own = tensor.kind();
+    let is_narrower = kind.elt_size_in_bytes() < own.elt_size_in_bytes()
+        || (own == Kind::BFloat16 && kind == Kind::Half);
+    if !is_float(own) || !is_float(kind) || !is_narrower || tensor.numel() == 0 {
+        return Ok(());
+    }
+    let largest = || {
+        let values = tensor.f_detach()?;
+        let largest = values.f_abs()?.f_nan_to_num(0.0, 0.0, 0.0)?.f_max()?;
+        let is_lost = largest.f_to_kind(kind)?.f_isinf()?.f_int64_value(&[])? != 0;
+        Ok(is_lost.then_some(largest.f_to_kind(Kind::Double)?.f_double_value(&[])?))
+    };
+    match largest().map_err(Error::torch("weights::cast"))? {
+        Some(value) => Err(Error::OutOfRange { name: name.to_owned(), value, kind }),
+        None => Ok(()),
+    }
+}
+
+fn to_bytes(name: &str, tensor: &Tensor, kind: Kind) -> Result<Cow<'static, [u8]>> {
+    ensure_in_range(name, tensor, kind)?;
     let copy = || {
         let tensor =
             tensor.f_detach()?.f_to_kind(kind)?.f_to_device(Device::Cpu)?.f_contiguous()?;

@@ -84,10 +84,13 @@ struct ScreenWriter;
 
 impl Write for ScreenWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Screen::stderr().suspend(|| io::stderr().write(bytes))
+        // A closed terminal must not end the run before it is saved: a failed write of the log is a panic.
+        let _ = Screen::stderr().suspend(|| io::stderr().write_all(bytes));
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        let _ = io::stderr().flush();
+        Ok(())
     }
 }

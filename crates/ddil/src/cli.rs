@@ -106,7 +106,7 @@ pub(crate) struct ParentArgs {
 }
 
 const RUN_HELP: &str = "\
-Ctrl-C or SIGTERM finishes the current step, saves, and exits with code 0; a second one exits at once without saving. \
+Ctrl-C, SIGTERM or SIGHUP (a closed terminal) finishes the current step, saves, and exits with code 0; a second one exits at once without saving. \
 Exit codes: 0 done, or stopped and saved (status.json in the run folder tells which); 1 failed; 3 a loss, a gradient \
 or samples are NaN or infinite.";
 

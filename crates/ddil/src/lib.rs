@@ -36,6 +36,7 @@ mod program;
 mod report;
 pub mod results;
 pub mod sample_file;
+mod shell;
 
 pub use error::{Error, Result};
 pub use program::main;

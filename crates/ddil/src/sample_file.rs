@@ -17,7 +17,7 @@ const EXTENSION: &str = "safetensors";
 
 /// Whether a path has the file name extension of a sample file.
 pub(crate) fn is_named(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == EXTENSION)
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(EXTENSION))
 }
 
 /// The sample files of a folder, ordered by name; none if the folder does not exist.

@@ -1,8 +1,8 @@
 use ddil_files::settings::{Settings, differences, inline_toml, parse_assignment, to_toml};
 use ddil_files::{
-    Invalid, JsonSettings, ensure_version, hex, listed, open_regular_file, parent, parse_json,
-    read_bounded, read_json, read_small_json, read_text_bounded, read_versioned, sync_folder,
-    temporary_sibling, write_atomic, write_json,
+    Invalid, JsonSettings, ensure_version, hex, listed, mistaken_content, open_regular_file,
+    parent, parse_json, read_bounded, read_json, read_small_json, read_text_bounded,
+    read_versioned, replaceable, sync_folder, temporary_sibling, write_atomic, write_json,
 };
 use serde_json::Value;
 
@@ -71,6 +71,7 @@ fn writes(cases: &mut Cases) {
         cases.once("read_versioned", &what, || outcome(read_versioned::<Value>(place, 1)));
         cases.once("ensure_version", &what, || outcome(ensure_version(place, u32::MAX, 0)));
         cases.once("sync_folder", &what, || outcome(sync_folder(place)));
+        cases.once("replaceable", &what, || outcome(replaceable(place)));
         cases.once("parent", &what, || outcome(Ok::<_, Invalid>(parent(place))));
         cases.once("temporary_sibling", &what, || {
             outcome(Ok::<_, Invalid>(temporary_sibling(place)))
@@ -84,7 +85,9 @@ fn writes(cases: &mut Cases) {
         }
     }
     for text in [&b""[..], b"{", b"[1]", b"\xff", b"null"] {
-        cases.once("parse_json", &format!("{text:?}"), || outcome(parse_json::<f64>(text)));
+        let what = format!("{text:?}");
+        cases.once("mistaken_content", &what, || outcome(Ok::<_, Invalid>(mistaken_content(text))));
+        cases.once("parse_json", &what, || outcome(parse_json::<f64>(text)));
     }
     cases.cannot_fail(&["Error::io", "Error::json", "with_causes", "causes", "in_json_terms"]);
     // Points at which tests have the disk fail.

@@ -74,6 +74,8 @@ pub struct PartSummary {
 #[derive(Clone, Debug)]
 pub struct ModelFiles {
     index: Index,
+    /// Parts that the index lists and this program does not use, whose folders do not exist.
+    absent: Vec<String>,
     /// The folder of every part that is present.
     folders: BTreeMap<String, PathBuf>,
     scheduler: SchedulerSource,
@@ -132,13 +134,14 @@ impl ModelFiles {
     /// [`Error::NotAModel`]; [`Error::Invalid`] for an unsupported pipeline.
     pub fn of_pipeline(path: &Path, variant: Option<&str>) -> Result<Self> {
         let folder = Pipeline::find(path)?;
-        let index = Index::read(&folder)?;
+        let mut index = Index::read(&folder)?;
+        let absent = pass_over_absent(&mut index, &folder);
         let present = index.parts.iter().filter(|(_, class)| class.is_some());
         let folders = present.map(|(name, _)| (name.clone(), folder.join(name))).collect();
         let card = Some(folder.join(card::FILE_NAME)).filter(|card| card.is_file());
         let scheduler = SchedulerSource::File(folder.join(SCHEDULER));
         let variant = variant.map(str::to_owned);
-        let mut parts = Self { index, folders, scheduler, card, variant };
+        let mut parts = Self { index, absent, folders, scheduler, card, variant };
         // As version 0.1 wrote students of DDIM with a guidance embedding; diffusers cannot call that.
         let is_lcm = parts.index.class == PipelineClass::LatentConsistency;
         if is_lcm && parts.scheduler_class().is_ok_and(|class| class != "LCMScheduler") {
@@ -221,11 +224,18 @@ impl ModelFiles {
         let index = Index::of_unet(class, config.class_name(), "DDIMScheduler");
         Self {
             index,
+            absent: Vec::new(),
             folders: BTreeMap::new(),
             scheduler: SchedulerSource::StableDiffusion,
             card: None,
             variant: variant.map(str::to_owned),
         }
+    }
+
+    /// Optional parts, such as a safety checker, that the pipeline's index lists but whose folders do not exist. They
+    /// are passed over, and written as absent.
+    pub fn absent_parts(&self) -> &[String] {
+        &self.absent
     }
 
     /// The class of the pipeline.
@@ -470,6 +480,18 @@ impl ModelFiles {
             }
         }
     }
+}
+
+/// Marks parts of no use as absent if their folders do not exist, and returns their names.
+fn pass_over_absent(index: &mut Index, folder: &Path) -> Vec<String> {
+    let mut absent = Vec::new();
+    for (name, class) in &mut index.parts {
+        if PartKind::of(name) == PartKind::Other && class.is_some() && !folder.join(name).exists() {
+            *class = None;
+            absent.push(name.clone());
+        }
+    }
+    absent
 }
 
 /// The scheduler of Stable Diffusion 1 and XL (section B of

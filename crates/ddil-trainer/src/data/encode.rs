@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -11,7 +12,7 @@ use ddil_data::{
     CaptionedImage, CroppedImage, EncodedDataset, EncodedInfo, EncodedShape, TruncatedPrompts,
     read_cropped,
 };
-use ddil_files::{Invalid, TEMPORARY, hex, parent, sync_folder, write_json};
+use ddil_files::{Invalid, TEMPORARY, hex, open_regular_file, parent, sync_folder, write_json};
 use ddil_pipelines::{EncodedPrompts, PipelineParts, TextToImageComponents};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
@@ -316,8 +317,10 @@ fn ensure_not_interrupted(
     Ok(())
 }
 
-/// The inputs of encoded data: captions, names, sizes and times of the images, the size to which they are resized, and
-/// the files of the encoders.
+/// The inputs of encoded data: captions, the images, the size to which they are resized, and the files of the encoders.
+///
+/// Sizes and times alone do not tell files apart: archives and containers give all files one time. Of the encoders the
+/// whole content counts, of each image its time and its first and last bytes.
 pub(super) fn key(
     samples: &[CaptionedImage],
     images: Option<&Path>,
@@ -347,19 +350,48 @@ pub(super) fn key(
         collect(pipeline_parts.path(), Path::new(&name), &mut files)?;
         files.sort();
         for file in files {
-            note(signature(pipeline_parts.path(), &file)?);
+            note(encoder_signature(pipeline_parts.path(), &file)?);
         }
     }
     Ok(hex(&hash.finalize()))
 }
 
-/// Name, size and time of a file.
+/// Bytes at each end of an image that count. The last ones contain the checksum of a PNG, and the end of a compressed
+/// stream depends on what is before it.
+const END_BYTES: u64 = 16 << 10;
+
+/// Name, size, time, and first and last bytes of an image.
 fn signature(folder: &Path, name: &Path) -> Result<String> {
     let path = folder.join(name);
-    let metadata = fs::metadata(&path).map_err(Error::io("read the metadata of", &path))?;
-    let modified = metadata.modified().map_err(Error::io("read the metadata of", &path))?;
+    let read = || -> io::Result<_> {
+        let mut file = open_regular_file(&path)?;
+        let metadata = file.metadata()?;
+        let mut hash = Sha256::new();
+        io::copy(&mut (&file).take(END_BYTES), &mut hash)?;
+        file.seek(SeekFrom::Start(metadata.len().saturating_sub(END_BYTES)))?;
+        io::copy(&mut file.take(END_BYTES), &mut hash)?;
+        Ok((metadata.len(), metadata.modified()?, hex(&hash.finalize())))
+    };
+    let (len, modified, ends) = read().map_err(Error::io("read", &path))?;
     let age = modified.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos());
-    Ok(format!("{} {} {age}", name.display(), metadata.len()))
+    Ok(format!("{} {len} {age} {ends}", name.display()))
+}
+
+/// Name and content of a file of an encoder; of a file that is not read, such as a pickle, name and size.
+fn encoder_signature(folder: &Path, name: &Path) -> Result<String> {
+    let path = folder.join(name);
+    let is_read = ["safetensors", "json", "txt"];
+    let extension = name.extension().and_then(|end| end.to_str()).unwrap_or_default();
+    let read = || -> io::Result<String> {
+        let mut file = open_regular_file(&path)?;
+        if !is_read.contains(&extension) {
+            return Ok(file.metadata()?.len().to_string());
+        }
+        let mut hash = Sha256::new();
+        io::copy(&mut file, &mut hash)?;
+        Ok(hex(&hash.finalize()))
+    };
+    Ok(format!("{} {}", name.display(), read().map_err(Error::io("read", &path))?))
 }
 
 /// Files below a folder, by their paths relative to `root`. Linked folders are skipped: they may form a cycle.

@@ -77,7 +77,8 @@ all classes and with images of trousers alone, on noised data, on the teacher's 
 ";
 
 fn after(folder: &Path, seconds: f64) -> String {
-    let folder = folder.display();
+    let run = folder.join("cells/trousers_DDIL_seed0");
+    let run = crate::shell::quoted(&run);
     format!(
         "
 `to teacher` is the Fréchet distance to the guided teacher's samples in 50 steps, which the students imitate, over all ten
@@ -87,7 +88,7 @@ missing, and trajectories of the teacher and of the student are their only state
 in {seconds:.0} s; one seed
 
 Next:
-  ddil sample {folder}/cells/trousers_DDIL_seed0 --num-samples 100
+  ddil sample {run} --num-samples 100
   ddil init compare-demo             # the comparison as a file
   ddil init fashion-mnist-pd-ddil    # a config of one student
 "

@@ -17,6 +17,7 @@ use ddil_trainer::Logging;
 use ddil_trainer::checkpoint::find_latest;
 use tch::Kind;
 
+use super::output::{WEIGHTS, ensure_writable};
 use super::{or_forced, print};
 use crate::cli::ExportArgs;
 
@@ -49,6 +50,7 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     let form = form(args)?;
     let parts = ModelFiles::of_pipeline(&args.source, None)
         .with_context(|| format!("{} cannot be exported", args.source.display()))?;
+    warn_of_absent(&parts);
     match args.format.as_str() {
         "diffusers" => {
             let written = or_forced(parts.write(&args.output, &form, args.force))?;
@@ -60,13 +62,23 @@ pub(crate) fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
                 form.variant.is_none(),
                 "--variant requires --format diffusers; for a single file, choose the name yourself"
             );
-            ensure_free(&args.output, args.force)?;
+            ensure_writable(&args.output, args.force, &WEIGHTS)?;
             parts.write_network(&args.output, form.kind)?;
             print(&format!("the network in one file: {}\n", args.output.display()))?;
         }
         other => bail!("--format is `{other}`; expected `diffusers` or `single-file-unet`"),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Names the parts that the source lists but does not contain.
+pub(super) fn warn_of_absent(parts: &ModelFiles) {
+    if !parts.absent_parts().is_empty() {
+        eprintln!(
+            "warning: the source lists {} but does not contain it; the part is of no use to ddil and is written as absent",
+            parts.absent_parts().join(", ")
+        );
+    }
 }
 
 /// Writes `README.md` and prints its program.
@@ -147,7 +159,7 @@ fn adapters(args: &ExportArgs, file: &Path, base: Option<&Path>) -> anyhow::Resu
     {
         ensure!(!given, "{flag} applies to models only; adapters are written unchanged");
     }
-    ensure_free(&args.output, args.force)?;
+    ensure_writable(&args.output, args.force, &WEIGHTS)?;
     let (lora, _) = read_adapters(file, base)?;
     lora.save(&args.output, format)?;
     if !lora.ignored().is_empty() {
@@ -188,12 +200,6 @@ pub(super) fn read_adapters(path: &Path, base: Option<&Path>) -> anyhow::Result<
         "the adapters of {} fit none of Stable Diffusion 1.5, 2.1, XL and SSD-1B; set --base to their model",
         path.display()
     )
-}
-
-fn ensure_free(path: &Path, force: bool) -> anyhow::Result<()> {
-    ensure!(force || !path.exists(), "{} already exists; --force overwrites it", path.display());
-    ensure!(!path.is_dir(), "{} is a folder; expected a file name", path.display());
-    Ok(())
 }
 
 /// `float32`, `float16` or `bfloat16`.

@@ -6,7 +6,7 @@ use anyhow::bail;
 use ddil_pipelines::{ModelFiles, Pipeline, WeightForm};
 use ddil_trainer::Logging;
 
-use super::export::{parse_bytes, parse_kind, table};
+use super::export::{parse_bytes, parse_kind, table, warn_of_absent};
 use super::{or_forced, print};
 use crate::cli::ImportArgs;
 
@@ -21,6 +21,7 @@ pub(crate) fn run(args: &ImportArgs) -> anyhow::Result<ExitCode> {
         max_shard_bytes: parse_bytes(&args.max_shard_size)?,
     };
     let parts = open(args)?;
+    warn_of_absent(&parts);
     let written = or_forced(parts.write(&args.output, &form, args.force))?;
     if parts.has_default_scheduler() {
         eprintln!(

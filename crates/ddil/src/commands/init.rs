@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use super::print;
 use crate::cli::InitArgs;
 use crate::presets::{PRESETS, TEACHERS, find, nearest};
+use crate::shell::quoted;
 
 pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
     let Some(name) = &args.preset else {
@@ -45,7 +46,7 @@ pub(crate) fn run(args: &InitArgs) -> anyhow::Result<ExitCode> {
         })?;
     file.write_all(text.as_bytes())
         .with_context(|| format!("could not write {}", path.display()))?;
-    let (path, verb) = (path.display(), preset.verb);
+    let (path, verb) = (quoted(&path), preset.verb);
     print(&format!("wrote {path}; next:\n  ddil {verb} {path}\n"))?;
     let missing =
         TEACHERS.iter().find(|(teacher, _)| text.contains(teacher) && !Path::new(teacher).exists());

@@ -9,6 +9,7 @@ pub(crate) mod import;
 pub(crate) mod init;
 pub(crate) mod inspect;
 mod model_source;
+mod output;
 pub(crate) mod range;
 pub(crate) mod report;
 pub(crate) mod runs;
@@ -38,10 +39,16 @@ use crate::cli::{ParentArgs, SamplingArgs};
 /// The number of evenly spaced timesteps from which published latent consistency models choose theirs, as in diffusers.
 const LCM_ORIGINAL_STEPS: u32 = 50;
 
-/// Prints to the standard output; a closed pipe, as with `head`, is not an error.
+/// Prints to the standard output; a closed pipe, as with `head`, or a closed terminal is not an error.
 fn print(text: &str) -> anyhow::Result<()> {
+    const CLOSED_TERMINAL: i32 = 5; // EIO
     match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        Err(error)
+            if error.kind() == std::io::ErrorKind::BrokenPipe
+                || error.raw_os_error() == Some(CLOSED_TERMINAL) =>
+        {
+            Ok(())
+        }
         other => Ok(other?),
     }
 }

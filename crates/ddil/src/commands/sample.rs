@@ -17,6 +17,7 @@ use ddil_pipelines::{
 use tch::Tensor;
 
 use super::model_source::ModelSource;
+use super::output::{SAMPLES, ensure_writable};
 use super::{Calls, open_model, print, start};
 use crate::cli::{PromptArgs, SampleArgs};
 
@@ -68,12 +69,7 @@ fn output(args: &SampleArgs) -> anyhow::Result<PathBuf> {
         let mut names = std::iter::once(PathBuf::from("samples.png")).chain(numbered);
         return names.find(|path| !path.exists()).context("no free file name; set --output");
     };
-    ensure!(!path.is_dir(), "--output {} is a folder; expected a file name", path.display());
-    ensure!(
-        args.force || !path.exists(),
-        "{} already exists; --force overwrites it",
-        path.display()
-    );
+    ensure_writable(path, args.force, &SAMPLES)?;
     Ok(path.clone())
 }
 

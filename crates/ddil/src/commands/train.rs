@@ -20,6 +20,7 @@ use serde::de::DeserializeOwned;
 use super::{print, set_threads};
 use crate::cli::{DistillArgs, RunArgs};
 use crate::presets;
+use crate::shell::quoted;
 
 /// A config file of one of the two verbs.
 trait Verb: Serialize + DeserializeOwned {
@@ -46,7 +47,7 @@ trait Verb: Serialize + DeserializeOwned {
 
 /// The verbs to run next with a model of pixels.
 fn sample_and_evaluate(folder: &Path, data: DataKind) -> Vec<String> {
-    let folder = folder.display();
+    let folder = quoted(folder);
     // Only Fashion-MNIST has a network of features of its own.
     let extractor =
         if data == DataKind::FashionMnist { "" } else { " --extractor inception-2015-12-05.pt" };
@@ -100,7 +101,7 @@ impl Verb for DistillConfig {
 
     fn next(&self, folder: &Path) -> Vec<String> {
         if self.data.kind.is_text() {
-            return vec![format!("ddil sample {} --prompt \"..\"", folder.display())];
+            return vec![format!("ddil sample {} --prompt \"..\"", quoted(folder))];
         }
         sample_and_evaluate(folder, self.data.kind)
     }
@@ -171,7 +172,7 @@ fn run<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<ExitCode> {
              --resume {}",
             session.step(),
             V::NAME,
-            session.folder().path().display()
+            quoted(session.folder().path())
         )
     });
     // Also of a run that failed: its curves may show why.
@@ -222,7 +223,7 @@ fn read_config<V: Verb>(args: &RunArgs, changes: &[&str]) -> anyhow::Result<V> {
     }
     settings.build().map_err(|error| match verb_of_file {
         Some((verb, key)) if verb != V::NAME => {
-            let path = path.display();
+            let path = quoted(&path);
             anyhow!(
                 "{path} is a config for `ddil {verb}`: it has `{key}`; run `ddil {verb} {path}`"
             )
@@ -291,7 +292,7 @@ fn report<V: Verb>(outcome: &Outcome, config: &V, folder: &Path) -> String {
             next.iter().fold(done, |text, command| text + "  " + command + "\n")
         }
         Outcome::Interrupted { step } => {
-            let folder = folder.display();
+            let folder = quoted(folder);
             format!("saved at step {step}; continue with\n  ddil {} --resume {folder}\n", V::NAME)
         }
     }

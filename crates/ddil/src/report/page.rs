@@ -62,6 +62,12 @@ pub(super) fn write(path: &Path, template: &str, page: &impl Serialize) -> Resul
 ///
 /// [`Error::Report`] for another file; errors of the file system.
 pub(super) fn ensure_replaceable(path: &Path) -> Result<()> {
+    let extension = path.extension().and_then(|end| end.to_str()).unwrap_or_default();
+    if !["html", "htm"].iter().any(|known| extension.eq_ignore_ascii_case(known)) && !path.exists()
+    {
+        let reason = "a report is HTML; choose a name that ends in .html".to_owned();
+        return Err(Error::Report { path: path.to_owned(), reason });
+    }
     let file = match open_regular_file(path) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),

@@ -18,6 +18,7 @@ use super::settings::{BesidePreset, RunConfig};
 use super::summary::{FILE, METRICS, RunState, Summary, TIMINGS, size_on_disk};
 use crate::compare::metric::Metric;
 use crate::error::{Error, Result};
+use crate::shell::quoted;
 
 /// The data of a run's page.
 #[derive(Debug, Serialize)]
@@ -169,7 +170,7 @@ impl RunPage {
                 .filter(|_| {
                     summary.state != RunState::Completed && summary.state != RunState::Running
                 })
-                .map(|config| format!("ddil {} --resume {}", config.verb(), folder.display())),
+                .map(|config| format!("ddil {} --resume {}", config.verb(), quoted(folder))),
             environment: environment.as_ref().map(|e| facts_of(&e.first)).unwrap_or_default(),
             sessions: environment
                 .map(|e| e.later.iter().map(|s| (s.step, facts_of(s))).collect())

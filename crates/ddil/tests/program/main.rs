@@ -20,6 +20,7 @@ mod faults;
 mod lora;
 mod methods;
 mod numbers;
+mod outputs;
 mod prompts;
 mod published;
 mod report;

@@ -13,7 +13,7 @@ use crate::support::{
 use crate::text_teacher::Family;
 
 /// Puts a value into every element of a tensor of a safetensors file.
-fn poison(path: &Path, tensor: &str, value: f32) -> TestResult {
+pub(crate) fn poison(path: &Path, tensor: &str, value: f32) -> TestResult {
     let mut bytes = fs::read(path)?;
     let header = u64::from_le_bytes(bytes[..8].try_into()?) as usize;
     let about: Value = serde_json::from_slice(&bytes[8..8 + header])?;

@@ -283,6 +283,12 @@ fn ctrl_c_saves_a_training() {
 }
 
 #[test]
+fn a_closed_terminal_saves_a_training() {
+    let updates = format!("train.updates={LONG}");
+    a_signal_saves(&Workshop::new(), "train", &[&updates], "HUP");
+}
+
+#[test]
 fn sigterm_saves_a_distillation() {
     let updates = format!("student.updates_per_stage={LONG}");
     a_signal_saves(&Workshop::with_teacher(), "distill", &[&updates, BUFFER], "TERM");

@@ -216,9 +216,25 @@ fn a_cache_is_reused_and_rebuilt_for_other_data() -> TestResult {
     )?;
     rebuilt("caption");
     for part in ["text_encoder", "vae"] {
-        let config = workshop.path("teacher").join(part).join("config.json");
-        fs::write(&config, fs::read(&config)?)?;
+        let folder = workshop.path("teacher").join(part);
+        let config = folder.join("config.json");
+        fs::write(&config, [&fs::read(&config)?[..], b"\n"].concat())?;
         rebuilt(part);
+        // Weights of the same size and time, as archives leave them: one bit of the last value.
+        let mut files = snapshot(&folder).into_iter();
+        let weights =
+            files.find(|(name, _)| name.extension().is_some_and(|end| end == "safetensors"));
+        let (name, mut bytes) = weights.ok_or("weights")?;
+        let time = fs::metadata(folder.join(&name))?.modified()?;
+        let last = bytes.len() - 4;
+        bytes[last] ^= 1;
+        fs::write(folder.join(&name), bytes)?;
+        fs::File::options().write(true).open(folder.join(&name))?.set_modified(time)?;
+        rebuilt(&format!("{part}-weights"));
+        // The same content at another time.
+        fs::write(&config, fs::read(&config)?)?;
+        let kept = messages(&workshop, &format!("{part}-kept"), &[]);
+        assert!(kept.contains("using the encoded data in cache"), "{kept}");
     }
     // The index may define the conditioning of the empty prompt.
     let index = workshop.path("teacher/model_index.json");
