@@ -39,3 +39,25 @@ fn what_is_not_a_regular_file_is_not_replaced() -> TestResult {
     assert_eq!(entries()?, before);
     Ok(())
 }
+
+/// Links stay, and the file that they lead to is written, whether it exists or not.
+#[cfg(unix)]
+#[test]
+fn a_link_is_written_through() -> TestResult {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    std::fs::create_dir(at("below"))?;
+    symlink("below/real", at("first"))?;
+    symlink(at("first"), at("second"))?;
+    for (link, content) in [("first", "a"), ("second", "b")] {
+        write_atomic(&at(link), content.as_bytes())?;
+        assert_eq!(std::fs::read_to_string(at("below/real"))?, content);
+        assert!(std::fs::symlink_metadata(at(link))?.is_symlink());
+    }
+    assert_eq!(std::fs::read_dir(at("below"))?.count(), 1, "nothing else stays");
+    symlink("circle", at("circle"))?;
+    let error = write_atomic(&at("circle"), b"c").expect_err("it leads nowhere");
+    assert!(ddil_files::with_causes(&error).contains("links lead from it"), "{error}");
+    Ok(())
+}
