@@ -120,6 +120,7 @@ pub enum MatchingTimesteps {
 }
 
 impl MatchingTimesteps {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
     fn is_all(&self) -> bool {
         *self == Self::All
     }

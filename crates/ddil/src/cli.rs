@@ -183,13 +183,11 @@ pub(crate) struct SampleArgs {
     /// The strength of the adapters.
     #[arg(long, default_value_t = 1.0, requires = "lora")]
     pub(crate) lora_scale: f64,
-    /// The output file: a grid as PNG, or the samples as bytes in a `.safetensors` file. The default is the first of
-    /// `samples.png`, `samples-2.png`, `samples-3.png` and so on that does not exist.
+    /// The output file: a grid as PNG, or the samples as bytes in a `.safetensors` file. A file of that name is
+    /// replaced. The default is the first of `samples.png`, `samples-2.png`, `samples-3.png` and so on that does not
+    /// exist.
     #[arg(long, short)]
     pub(crate) output: Option<PathBuf>,
-    /// Overwrite the output file.
-    #[arg(long)]
-    pub(crate) force: bool,
     /// Also write each sample as a separate PNG into this folder.
     #[arg(long)]
     pub(crate) folder: Option<PathBuf>,
@@ -468,7 +466,7 @@ The report is one HTML file that needs no network and no server: open it in a br
 renews it. The teacher's grid beside the student's is samples/teacher.png of the run folder. A distillation with \
 output.sample_interval above 0 draws it; for another run, or to draw it again:
 
-  ddil sample TEACHER --force --output RUN/samples/teacher.png";
+  ddil sample TEACHER --output RUN/samples/teacher.png";
 
 /// Arguments of `ddil runs`.
 #[derive(Debug, Args)]

@@ -17,7 +17,7 @@ pub(crate) struct Preset {
 }
 
 /// All presets.
-pub(crate) const PRESETS: [Preset; 26] = [
+pub(crate) const PRESETS: [Preset; 27] = [
     Preset {
         name: "own-images-teacher",
         verb: "train",

@@ -69,7 +69,10 @@ fn output(args: &SampleArgs) -> anyhow::Result<PathBuf> {
         let mut names = std::iter::once(PathBuf::from("samples.png")).chain(numbered);
         return names.find(|path| !path.exists()).context("no free file name; set --output");
     };
-    ensure_writable(path, args.force, &SAMPLES)?;
+    ensure_writable(path, true, &SAMPLES)?;
+    if path.exists() {
+        tracing::info!("{} exists and will be replaced", path.display());
+    }
     Ok(path.clone())
 }
 

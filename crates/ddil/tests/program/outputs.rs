@@ -35,8 +35,7 @@ fn devices_pipes_and_links_stay_what_they_are() -> TestResult {
     let pipe = workshop.path("pipe.png");
     assert!(Command::new("mkfifo").arg(&pipe).status()?.success());
     for name in ["pipe.png", "/dev/null"] {
-        let arguments = [&sampled_to(name)[..], &["--force"]].concat();
-        workshop.ddil(&arguments).refused(&[name, "not a regular file"]);
+        workshop.ddil(&sampled_to(name)).refused(&[name, "not a regular file"]);
     }
     assert!(fs::symlink_metadata(&pipe)?.file_type().is_fifo());
 
@@ -46,13 +45,11 @@ fn devices_pipes_and_links_stay_what_they_are() -> TestResult {
     symlink("link.png", workshop.path("second.png"))?;
     symlink("below/real.safetensors", workshop.path("link.safetensors"))?;
     for name in ["link.png", "second.png", "link.safetensors"] {
-        let arguments = [&sampled_to(name)[..], &["--force"]].concat();
-        workshop.ddil(&arguments).succeeded();
+        workshop.ddil(&sampled_to(name)).succeeded();
         assert!(fs::symlink_metadata(workshop.path(name))?.is_symlink(), "{name}");
     }
     assert!(fs::symlink_metadata(workshop.path("below/real.png"))?.is_file());
     assert!(fs::symlink_metadata(workshop.path("below/real.safetensors"))?.is_file());
-    workshop.ddil(&sampled_to("second.png")).refused(&["already exists", "--force"]);
     symlink("circle.png", workshop.path("circle.png"))?;
     workshop.ddil(&sampled_to("circle.png")).refused(&["circle.png", "links"]);
     Ok(())

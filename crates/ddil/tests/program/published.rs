@@ -26,8 +26,7 @@ fn change(file: &Path, changes: &Value) -> TestResult {
 /// Samples a model, and returns the image and what was logged.
 #[track_caller]
 fn sampled(workshop: &Workshop, model: &str) -> (Vec<u8>, String) {
-    let ended =
-        workshop.ddil(&[&["sample", model, "-o", "a.png", "--force"], &PROMPT[..]].concat());
+    let ended = workshop.ddil(&[&["sample", model, "-o", "a.png"], &PROMPT[..]].concat());
     let ended = ended.succeeded();
     (fs::read(workshop.path("a.png")).expect("it was written"), ended.stderr)
 }
