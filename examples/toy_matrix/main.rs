@@ -21,8 +21,8 @@
 //! - `--out runs/toy_matrix`: the folder
 //! - `--updates 500`, `--lr 1e-3`, `--critic-lr 1e-3`, `--start-updates 500`, `--start-lr 1e-3`: other budgets than
 //!   the method's, for all arms; use a separate folder
-//! - `--critic-sees-timestep`: DMD2's critic models the samples of each of the student's steps separately;
-//!   `--up-to-state`: DMD2 compares with the teacher at most as noisy as the state; use a separate folder
+//! - `--dmd2 timestep,up-to-state`: DMD2's critic models the samples of each of the student's steps separately; DMD2
+//!   compares with the teacher at most as noisy as the state; neither by default, as published; use a separate folder
 //! - `--report`: only the report, without runs
 //! - `--smoke`: a few updates of everything, as a check; of the other options, only `--out` has an effect
 

@@ -11,6 +11,26 @@ use ddil_losses::{MatchingTimesteps, ObjectiveConfig};
 
 use crate::cell::{Arm, Budget, Cell, Method, Setting};
 
+/// How DMD2 follows the steps of the student.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Follow {
+    /// The critic models the samples of each step separately.
+    Timestep,
+    /// Student and teacher are compared at most as noisy as the state.
+    UpToState,
+}
+
+impl Follow {
+    const ALL: [Self; 2] = [Self::Timestep, Self::UpToState];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Timestep => "timestep",
+            Self::UpToState => "up-to-state",
+        }
+    }
+}
+
 /// The selected runs and the output folder.
 pub(crate) struct Options {
     settings: Vec<Setting>,
@@ -23,8 +43,7 @@ pub(crate) struct Options {
     critic_learning_rate: Option<f64>,
     start_updates: Option<u64>,
     start_learning_rate: Option<f64>,
-    critic_sees_timestep: bool,
-    up_to_state: bool,
+    dmd2: Vec<Follow>,
     pub(crate) workers: usize,
     pub(crate) out: PathBuf,
     pub(crate) report: bool,
@@ -44,8 +63,7 @@ impl Options {
             critic_learning_rate: None,
             start_updates: None,
             start_learning_rate: None,
-            critic_sees_timestep: false,
-            up_to_state: false,
+            dmd2: Vec::new(),
             workers: thread::available_parallelism()?.get(),
             out: "runs/toy_matrix".into(),
             report: false,
@@ -55,8 +73,6 @@ impl Options {
             match argument.as_str() {
                 "--report" => options.report = true,
                 "--smoke" => options.smoke = true,
-                "--critic-sees-timestep" => options.critic_sees_timestep = true,
-                "--up-to-state" => options.up_to_state = true,
                 name => {
                     let value =
                         arguments.next().ok_or_else(|| format!("{name} requires a value"))?;
@@ -92,6 +108,7 @@ impl Options {
             "--lr" => self.learning_rate = Some(number(name, value)?),
             "--start-updates" => self.start_updates = Some(number(name, value)?),
             "--start-lr" => self.start_learning_rate = Some(number(name, value)?),
+            "--dmd2" => self.dmd2 = some_of(value, &Follow::ALL, Follow::name)?,
             "--critic-lr" => self.critic_learning_rate = Some(number(name, value)?),
             _ => {
                 return Err(format!(
@@ -127,8 +144,8 @@ impl Options {
     pub(crate) fn budget(&self, method: Method) -> Budget {
         let mut budget = Budget::of(method);
         if let ObjectiveConfig::Dmd2(config) = &mut budget.objective {
-            config.critic_sees_timestep = self.critic_sees_timestep;
-            if self.up_to_state {
+            config.critic_sees_timestep = self.dmd2.contains(&Follow::Timestep);
+            if self.dmd2.contains(&Follow::UpToState) {
                 config.dm_timesteps = MatchingTimesteps::UpToState;
             }
         }

@@ -196,12 +196,11 @@ impl Pipeline {
         let schedule = scheduler.schedule()?;
         let network = NetworkDenoiser::new(unet, scheduler.prediction_type(), schedule)?
             .with_precision(precision);
-        let card = match Card::in_folder(path)? {
-            Some(card) => card,
-            None => {
-                let config = parts.path().join(UNET).join("config.json");
-                card_without_file(&published::network_config(&config, parts.class())?)
-            }
+        let card = if let Some(card) = Card::in_folder(path)? {
+            card
+        } else {
+            let config = parts.path().join(UNET).join("config.json");
+            card_without_file(&published::network_config(&config, parts.class())?)
         };
         let thresholding = card.thresholding.clone().unwrap_or_else(|| scheduler.thresholding());
         let timesteps = scheduler.common().ddil_timesteps.clone();

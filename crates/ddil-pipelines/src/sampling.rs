@@ -66,6 +66,7 @@ pub struct SamplePlan {
     pub seed: u64,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_next_in_grid(rule: &PreviousTimestep) -> bool {
     *rule == PreviousTimestep::NextInGrid
 }

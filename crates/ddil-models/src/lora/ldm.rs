@@ -40,7 +40,7 @@ const OUTER: [(&str, &str); 8] = [
 
 impl LdmNames {
     /// Of the network with layers of these names.
-    pub(super) fn of<'a>(layers: impl Iterator<Item = &'a str> + Clone) -> Self {
+    pub(super) fn of<'a>(layers: &(impl Iterator<Item = &'a str> + Clone)) -> Self {
         let path = |name| Path::of(name, layers.clone());
         Self { down: path("down_blocks"), up: path("up_blocks") }
     }

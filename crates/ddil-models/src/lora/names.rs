@@ -53,7 +53,7 @@ pub(super) struct Names {
 
 impl Names {
     pub(super) fn of(layers: &[Layer]) -> Self {
-        let ldm = LdmNames::of(layers.iter().map(|layer| layer.name.as_str()));
+        let ldm = LdmNames::of(&layers.iter().map(|layer| layer.name.as_str()));
         let mut plain = BTreeMap::new();
         for (i, layer) in layers.iter().enumerate() {
             plain.extend(ldm.names(&layer.name).into_iter().map(|name| (name, i)));

@@ -82,7 +82,7 @@ impl NetworkConfig for UNet2DConfig {
         let end = old.find(BLOCKS)? + BLOCKS.len();
         let digits = old[end..].bytes().take_while(u8::is_ascii_digit).count();
         let rest = old[end + digits..].strip_prefix('.')?;
-        attention::new_name(&old[..end + digits + 1], rest)
+        attention::new_name(&old[..=end + digits], rest)
     }
 }
 
