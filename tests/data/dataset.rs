@@ -486,6 +486,19 @@ fn images_in_memory_are_scaled_as_those_of_files() -> TestResult {
     }
     let many = own.select(&[0, 1, 2, 3].repeat(400))?.scaled([3, 4])?;
     assert_eq!(many.pixels(), &own.scaled([3, 4])?.pixels().repeat([400, 1, 1, 1]));
+
+    // Too many values at once, before scaling and after it: two images at a time, then each alone.
+    let part = Tensor::arange(256, (Kind::Uint8, tch::Device::Cpu)).view([1, 1, 16, 16]);
+    let large = part.repeat([5, 1, 64, 128])
+        + Tensor::arange_start(1, 6, (Kind::Uint8, tch::Device::Cpu)).view([5, 1, 1, 1]);
+    let large = ImageDataset::new(&large, None)?;
+    for (images, size) in [(&large, [3, 5]), (&large.scaled([64, 64])?, [2048, 2049])] {
+        let scaled = images.scaled(size)?;
+        for index in 0..5 {
+            let alone = images.select(&[index])?.scaled(size)?;
+            assert_eq!(scaled.select(&[index])?.pixels(), alone.pixels(), "{size:?}");
+        }
+    }
     Ok(())
 }
 

@@ -63,6 +63,27 @@ fn images_come_in_the_order_of_their_paths() -> TestResult {
 }
 
 #[test]
+fn the_order_of_files_is_that_of_the_seed() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    for index in 0..64 {
+        std::fs::write(folder.path().join(format!("{index:02}.png")), "never read")?;
+    }
+    let files = ImageFiles::in_folder(folder.path())?;
+    let shuffled = files.shuffled(3);
+    assert_eq!(shuffled.paths(), files.shuffled(3).paths());
+    assert_ne!(shuffled.paths(), files.shuffled(4).paths());
+    // The order depends on the files, and not on an order before.
+    let mut sorted = shuffled.paths().to_vec();
+    sorted.sort();
+    assert_eq!(sorted, files.paths());
+    // The first quarter is not that of the folder: about a quarter of it is.
+    let first = &shuffled.paths()[..16];
+    let of_first = first.iter().filter(|path| files.paths()[..16].contains(path)).count();
+    assert!((1..9).contains(&of_first), "{of_first}");
+    Ok(())
+}
+
+#[test]
 fn features_do_not_depend_on_threads_or_batches() -> TestResult {
     /// Means and a corner of resized images.
     struct Corner(ImageInput);

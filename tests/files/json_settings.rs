@@ -86,7 +86,7 @@ fn every_problem_is_named_in_the_terms_of_the_file() {
         "`clip` is 1; expected true or false",
         "`offset` is 0.5; expected a whole number",
         "`scaling` is null; expected a number",
-        r#"`spacing` is ["leading","even"]; expected one of `leading`, `linspace` or `trailing`, not "even""#,
+        r#"`spacing` is ["leading","even"]; expected `leading`, `linspace` or `trailing`, not "even""#,
         "`steps` is -5; expected a whole number from 0 to 4294967295",
     ];
     assert_eq!(messages, expected);
@@ -105,7 +105,7 @@ fn a_choice_lists_its_names_whatever_the_value() {
     let defaults = Choice { only: Spacing::Leading };
     for value in [json!(3), json!(null), json!("even"), json!(true)] {
         let message = parse(&json!({"only": value})).over(&defaults).expect_err("no choice");
-        let expected = "expected one of `leading`, `linspace` or `trailing`";
+        let expected = "expected `leading`, `linspace` or `trailing`";
         assert_eq!(message.to_string(), format!("`only` is {value}; {expected}"));
     }
 }
@@ -156,7 +156,7 @@ fn json_of_another_type_is_refused_in_the_terms_of_the_file() {
     assert_eq!(said::<Spacing>("{}"), "expected value at line 1 column 2");
     assert_eq!(
         said::<Vec<Spacing>>(r#"["even"]"#),
-        r#"found "even"; expected one of `leading`, `linspace` or `trailing` at line 1 column 7"#
+        r#"found "even"; expected `leading`, `linspace` or `trailing` at line 1 column 7"#
     );
     let twice = r#"{"clip": true, "clip": true}"#;
     assert_eq!(said::<Common>(twice), "the key `clip` occurs twice at line 1 column 21");

@@ -370,6 +370,31 @@ fn messages_are_in_the_terms_of_a_file() {
     assert!(refused > 300, "{refused}");
 }
 
+/// The names that one key takes are not stated for another key.
+#[test]
+fn of_two_mistakes_the_first_is_stated_with_what_it_takes() {
+    #[derive(Debug, Deserialize)]
+    #[expect(dead_code, reason = "only errors are of interest")]
+    struct Two {
+        first: String,
+        second: Choice,
+        third: Option<Choice>,
+    }
+    let said = |text: &str| {
+        let settings = Settings::parse("two.toml", text).expect("valid TOML");
+        settings.build::<Two>().expect_err(text).to_string()
+    };
+    for second in ["'x'", "''", "3", "'first'"] {
+        let text = format!("first = 3\nsecond = {second}\nthird = ''");
+        assert_eq!(said(&text), "two.toml:1:1: `first` is 3; expected text", "{second}");
+    }
+    let names = "expected `first`, `second` or `third`";
+    for third in ["'x'", "''", "3"] {
+        let text = format!("first = 'a'\nsecond = 3\nthird = {third}");
+        assert_eq!(said(&text), format!("two.toml:2:1: `second` is 3; {names}"), "{third}");
+    }
+}
+
 #[test]
 fn each_kind_of_value_has_a_term() {
     let of = |assignment: &str| {
@@ -378,7 +403,7 @@ fn each_kind_of_value_has_a_term() {
         let message = settings.build::<Kinds>().expect_err(assignment).to_string();
         message.strip_prefix(&format!("--set {assignment}: ")).expect("the place").to_owned()
     };
-    let names = "one of `first`, `second` or `third`";
+    let names = "`first`, `second` or `third`";
     for (assignment, message) in [
         ("text=3", "`text` is 3; expected text".to_owned()),
         ("flag='yes'", "`flag` is \"yes\"; expected true or false".to_owned()),
@@ -401,7 +426,7 @@ fn each_kind_of_value_has_a_term() {
         ("tagged={kind='deep', rate={}}", "`tagged.rate` is a table; expected a number".to_owned()),
         (
             "tagged={kind='deep', rate=1, choice='x', sizes=['x']}",
-            "`tagged` contains \"x\"; expected one of `first`, `second` or `third`".to_owned(),
+            "`tagged` contains \"x\"; expected `first`, `second` or `third`".to_owned(),
         ),
         ("tagged={kind='deep'}", "`tagged`: missing key `rate`".to_owned()),
         (
@@ -416,7 +441,7 @@ fn each_kind_of_value_has_a_term() {
             "either='a'",
             "`either` is \"a\"; expected a number, or a list with one per channel".to_owned(),
         ),
-        ("content=3", "`content` is 3; expected one of `empty`, `full` or `wide`".to_owned()),
+        ("content=3", "`content` is 3; expected `empty`, `full` or `wide`".to_owned()),
     ] {
         assert_eq!(of(assignment), message);
     }

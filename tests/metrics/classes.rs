@@ -33,8 +33,8 @@ impl FeatureExtractor for Largest {
 }
 
 impl ClassPredictor for Largest {
-    fn class_names(&self) -> &[&'static str] {
-        &["hat", "cap", "shoe"]
+    fn class_names(&self) -> Vec<&str> {
+        vec!["hat", "cap", "shoe"]
     }
 
     fn predict(&self, features: &Tensor) -> ddil_metrics::Result<Tensor> {

@@ -135,7 +135,7 @@ fn all_problems_are_listed_at_once() {
         "transformer_layers_per_block",
     ];
     assert_eq!(keys, expected, "{text}");
-    let down = "expected one of `CrossAttnDownBlock2D`, `DownBlock2D` or `UNetResDownBlock2D`, not \
+    let down = "expected `CrossAttnDownBlock2D`, `DownBlock2D` or `UNetResDownBlock2D`, not \
                 \"SimpleCrossAttnDownBlock2D\"";
     for part in [down, "one value for all levels"] {
         assert!(text.contains(part), "{part}: {text}");

@@ -45,6 +45,20 @@ fn open(folder: &Path) -> ddil_pipelines::Result<ClassToImage> {
 }
 
 #[test]
+fn a_model_of_few_timesteps_is_sampled_in_all_of_them() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    teacher_with(folder.path(), &json!({ "num_train_timesteps": 6 }))?;
+    let model = open(folder.path())?;
+    let plan = SamplePlan::of(model.pipeline(), None);
+    assert_eq!((plan.steps, plan.timesteps(6)?.as_slice()), (6, &[5, 4, 3, 2, 1, 0][..]));
+    assert_eq!(model.samples(1).images()?.size()[0], 1);
+    // A number that was chosen is not changed.
+    assert_eq!(SamplePlan::of(model.pipeline(), Some(7)).steps, 7);
+    assert!(model.samples(1).steps(7).images().is_err());
+    Ok(())
+}
+
+#[test]
 fn the_solver_in_the_file_samples_the_model() -> TestResult {
     let folder = tempfile::tempdir()?;
     teacher_with(folder.path(), &json!({ "_class_name": "UniPCMultistepScheduler" }))?;

@@ -218,11 +218,7 @@ fn settings_of_files_that_are_not_supported_are_named() {
         (EULER, r#""timestep_type": "continuous""#, r#""continuous"; expected discrete"#),
         (EULER, r#""sigma_max": 80"#, "`sigma_max` is 80; expected null"),
         (EULER, r#""use_exponential_sigmas": true"#, "`use_exponential_sigmas` is true"),
-        (
-            EULER,
-            r#""timestep_spacing": "even""#,
-            "expected one of `leading`, `linspace` or `trailing`",
-        ),
+        (EULER, r#""timestep_spacing": "even""#, "expected `leading`, `linspace` or `trailing`"),
         (EULER, r#""steps_offset": NaN"#, "`steps_offset` is \"NaN\""),
     ] {
         let text = format!(r#"{{"_class_name": "{class}", {setting}}}"#);

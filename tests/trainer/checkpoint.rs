@@ -8,8 +8,8 @@ use ddil_core::SavedFile;
 use ddil_trainer::{
     Error,
     checkpoint::{
-        Checkpoint, CheckpointWriter, Damage, Manifest, Retention, discard_newer, find_latest,
-        folder_of, list, remove_leftovers,
+        Checkpoint, CheckpointWriter, Damage, Manifest, Retention, discard_newer, find,
+        find_latest, folder_of, list, remove_leftovers,
     },
 };
 use proptest::prelude::*;
@@ -446,5 +446,26 @@ fn kill_9_at_any_moment_loses_no_checkpoint() -> TestResult {
         assert_eq!(damaged, [""; 0]);
         assert!(step >= Some(committed()), "{step:?} after {}", committed());
     }
+    Ok(())
+}
+
+/// A folder of images may be named as a checkpoint is.
+#[test]
+fn a_name_alone_makes_a_checkpoint_only_among_others() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let images = folder_of(&folder.path().join("images"), 500);
+    fs::create_dir_all(&images)?;
+    assert!(find(&images)?.is_none());
+
+    let checkpoints = folder.path().join("checkpoints");
+    let empty = folder_of(&checkpoints, 500);
+    fs::create_dir_all(&empty)?;
+    assert!(matches!(find(&empty), Err(Error::DamagedCheckpoint { .. })));
+
+    // One with a manifest is one wherever it is.
+    save(&checkpoints, 7)?;
+    let moved = folder_of(&folder.path().join("images"), 7);
+    fs::rename(folder_of(&checkpoints, 7), &moved)?;
+    assert_eq!(find(&moved)?.map(|found| found.step()), Some(7));
     Ok(())
 }

@@ -136,6 +136,12 @@ impl Cover {
         (remains(0) && remains(1)).then_some(Self { own, scaled, crop_offset, size })
     }
 
+    /// The pixels of an image before or after scaling, whichever are more.
+    pub(crate) fn num_pixels(&self) -> i64 {
+        let of = |[height, width]: [i64; 2]| height * width;
+        of(self.own).max(of(self.scaled))
+    }
+
     /// What the images must be for [`new`](Self::new).
     pub(crate) fn expected([height, width]: [i64; 2]) -> String {
         format!(

@@ -206,7 +206,6 @@ pub fn read_image_folder_scaled(
     size: [i64; 2],
     threads: usize,
 ) -> Result<ImageDataset> {
-    ensure_size(size)?;
     ImageFolder::open(folder)?.read_scaled(size, threads)
 }
 

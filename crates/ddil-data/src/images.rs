@@ -9,8 +9,8 @@ use crate::{Error, Result};
 /// Limit of numbered class names, so that one invalid label does not create a billion names.
 const MAX_NUMBERED_CLASSES: i64 = 1_000_000;
 
-/// Images that are floats at the same time while a data set is scaled.
-const SCALED_AT_ONCE: i64 = 1024;
+/// Values that are floats at the same time while a data set is scaled, unless one image has more: 16 MiB.
+const SCALED_AT_ONCE: i64 = 1 << 22;
 
 /// Images in memory, one byte per value, with or without labels.
 ///
@@ -184,7 +184,7 @@ impl ImageDataset {
     /// ```
     pub fn scaled(&self, size: [i64; 2]) -> Result<Self> {
         ensure_size(size)?;
-        let [_, height, width] = self.image_shape();
+        let [channels, height, width] = self.image_shape();
         if [height, width] == size {
             return Ok(self.shallow_clone());
         }
@@ -192,7 +192,8 @@ impl ImageDataset {
             let found = format!("{width}x{height} images");
             return Err(Invalid::new("size", found, Cover::expected(size)).into());
         };
-        let parts = self.pixels.split(SCALED_AT_ONCE, 0);
+        let images_at_once = (SCALED_AT_ONCE / channels / cover.num_pixels()).max(1);
+        let parts = self.pixels.split(images_at_once, 0);
         let parts: Result<Vec<Tensor>> = parts.iter().map(|part| cover.rounded(part)).collect();
         let pixels = Tensor::f_cat(&parts?, 0).map_err(Error::torch("scaled"))?;
         Ok(Self { pixels, ..self.shallow_clone() })

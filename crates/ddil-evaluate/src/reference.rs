@@ -97,7 +97,7 @@ impl ReferenceChoice {
             Self::FashionMnist { folder, size } => {
                 let mut data = FashionMnist::from_folder(folder.as_deref())?;
                 if let Some(size) = size {
-                    data = data.scaled(*size)?;
+                    data.test = data.test.scaled(*size)?;
                 }
                 reference_of_dataset(data.test_name(), &data.test, extractor, monitor)?
             }

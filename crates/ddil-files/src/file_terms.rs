@@ -154,11 +154,7 @@ fn found(message: &str, table: &str) -> Option<String> {
 /// The allowed values in the last part of a message.
 fn expected(allowed: &str, table: &str) -> String {
     if let Some(names) = allowed.strip_prefix("one of ") {
-        // A message that was in the terms of a file before stays as it is.
-        if names.contains(" or ") {
-            return allowed.to_owned();
-        }
-        return format!("one of {}", alternatives(&names.split(", ").collect::<Vec<_>>()));
+        return alternatives(&names.split(", ").collect::<Vec<_>>());
     }
     let text = match allowed {
         "a string" | "a borrowed string" | "variant identifier" | "unit variant" => "text",

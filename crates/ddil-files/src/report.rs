@@ -56,8 +56,9 @@ pub fn with_causes(error: &dyn Error) -> String {
     causes(error).join(": ")
 }
 
-/// The messages of an error and its causes, in the terms of files, without repetition: what an error of another library
-/// repeats of its cause is removed from its own message.
+/// The messages of an error and its causes, without repetition: what an error of another library repeats of its cause is
+/// removed from its own message. A cause that is an error of JSON is in the terms of a file, as by
+/// [`in_json_terms`](crate::in_json_terms); the error itself is not.
 ///
 /// # Example
 ///

@@ -222,9 +222,11 @@ impl Settings {
 
     /// The names of which a key takes one. Serde lists them only for a text.
     fn names(&self, key: &[String], retry: Retry<'_>) -> Option<String> {
-        let message = self.retried(key, Value::String(String::new()), retry)?;
-        match Refusal::of(message.strip_prefix("unknown variant").map(|_| message.as_str())?, TABLE)
-        {
+        let problem = self.problem_with(key, Value::String(String::new()), retry)?;
+        // Where a text is allowed, the message is about another mistake.
+        let is_about_it =
+            problem.message.starts_with("unknown variant ``") && key.starts_with(&problem.key);
+        match is_about_it.then(|| Refusal::of(&problem.message, TABLE))? {
             Refusal::Value { expected, .. } => Some(expected),
             Refusal::Other(_) => None,
         }
@@ -232,9 +234,14 @@ impl Settings {
 
     /// The message about the same settings with another value.
     fn retried(&self, key: &[String], value: Value, retry: Retry<'_>) -> Option<String> {
+        self.problem_with(key, value, retry).map(|problem| problem.message)
+    }
+
+    /// The problem of the same settings with another value.
+    fn problem_with(&self, key: &[String], value: Value, retry: Retry<'_>) -> Option<Problem> {
         let mut values = self.values.clone();
         insert(&mut values, key, value).ok()?;
-        retry(values).map(|problem| problem.message)
+        retry(values)
     }
 
     /// The path from `key` to the only value below it with a property; `None` if there are none or several.

@@ -264,8 +264,8 @@ impl FeatureExtractor for FashionClassifier {
 }
 
 impl ClassPredictor for FashionClassifier {
-    fn class_names(&self) -> &[&'static str] {
-        &FASHION_CLASSES
+    fn class_names(&self) -> Vec<&str> {
+        FASHION_CLASSES.to_vec()
     }
 
     fn predict(&self, features: &Tensor) -> Result<Tensor> {

@@ -76,7 +76,7 @@ pub trait FeatureExtractor {
 /// Names the class of an image from its features.
 pub trait ClassPredictor {
     /// Names of the classes, by label.
-    fn class_names(&self) -> &[&'static str];
+    fn class_names(&self) -> Vec<&str>;
 
     /// The most probable class of each image.
     ///
@@ -87,7 +87,8 @@ pub trait ClassPredictor {
     ///
     /// # Errors
     ///
-    /// [`ArgumentError::Shape`](ddil_libtorch::ArgumentError::Shape) for features of another shape.
+    /// [`Error::Argument`](crate::Error::Argument) for features of another shape, or whose elements are not real numbers;
+    /// [`Error::Torch`](crate::Error::Torch) for other errors of libtorch.
     fn predict(&self, features: &Tensor) -> Result<Tensor>;
 }
 

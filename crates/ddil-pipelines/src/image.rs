@@ -226,8 +226,8 @@ impl Image {
     /// The text in a PNG file that [`save_described`](Self::save_described) wrote; `None` for any other content.
     pub fn description_of(png: &[u8]) -> Option<String> {
         let reader = png::Decoder::new(std::io::Cursor::new(png)).read_info().ok()?;
-        let texts = reader.info().utf8_text.iter();
-        let text = texts.into_iter().find(|text| text.keyword == DESCRIPTION)?;
+        let mut texts = reader.info().utf8_text.iter();
+        let text = texts.find(|text| text.keyword == DESCRIPTION)?;
         text.get_text().ok()
     }
 }

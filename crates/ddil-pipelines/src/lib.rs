@@ -62,6 +62,7 @@ pub use prompting::{
 };
 pub use sampling::{
     SampleGrid, SamplePlan, WithCallback, class_conditioning, generate, generate_from,
-    grid_of_classes, grid_of_prompts, initial_noise, layout, sampling_denoiser,
+    grid_of_classes, grid_of_prompts, initial_noise, layout, num_samples_of_grid,
+    sampling_denoiser,
 };
 pub use tch;

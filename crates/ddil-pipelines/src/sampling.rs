@@ -81,17 +81,19 @@ const LATENT_BATCH_SIZE: u32 = 1;
 
 impl SamplePlan {
     /// The default settings of a model: a student at the timesteps it was trained at, unless `steps` is another number;
-    /// a teacher in 50 steps; a consistency model without its own timesteps in 4 steps.
+    /// a teacher in 50 steps; a consistency model without its own timesteps in 4 steps; a model of fewer timesteps in all of
+    /// them.
     ///
     /// Timesteps of the sampler begin at the noisiest one. For the timesteps in the scheduler file of a text-to-image
     /// model, see [`with_published_timesteps`](crate::with_published_timesteps).
     pub fn of(pipeline: &Pipeline, steps: Option<u32>) -> Self {
         let own = pipeline.timesteps.clone();
         let timesteps = own.filter(|own| steps.is_none_or(|steps| own.len() == steps as usize));
+        let most = pipeline.network.schedule().num_train_timesteps() as u32;
         let steps = match (&timesteps, pipeline.sampler) {
             (Some(own), _) => own.len() as u32,
-            (None, SamplerConfig::Ddim { .. }) => steps.unwrap_or(TEACHER_STEPS),
-            (None, SamplerConfig::Lcm { .. }) => steps.unwrap_or(STUDENT_STEPS),
+            (None, SamplerConfig::Ddim { .. }) => steps.unwrap_or(TEACHER_STEPS.min(most)),
+            (None, SamplerConfig::Lcm { .. }) => steps.unwrap_or(STUDENT_STEPS.min(most)),
         };
         let is_latent = pipeline.parts.class().is_text_to_image();
         Self {
@@ -453,7 +455,7 @@ impl SampleGrid {
 }
 
 /// A grid of `per_class` samples of each class, with rows of one class each and its name; without classes, of
-/// `8 * per_class` samples.
+/// `8 * per_class` samples: [`num_samples_of_grid`] in all.
 ///
 /// # Errors
 ///
@@ -466,14 +468,34 @@ pub fn grid_of_classes(
     per_class: u32,
     device: Device,
 ) -> Result<Image> {
-    const WITHOUT_CLASSES: u32 = 8;
     let num_classes = card.class_names.len() as u32;
-    let n = per_class.max(1) * if num_classes == 0 { WITHOUT_CLASSES } else { num_classes };
+    let n = num_samples_of_grid(card, per_class);
     let noise = initial_noise(plan.seed, n, shape, device)?;
     let guidance = Guidance::of_classes(card);
     let conditioning = class_conditioning(card, n, None, device);
     let samples = generate(denoiser, plan, &guidance, &noise, &conditioning)?;
     SampleGrid::of(n, num_classes).draw(&samples, &card.class_names)
+}
+
+/// The number of samples that [`grid_of_classes`] draws; `per_class` counts as at least 1.
+///
+/// # Example
+///
+/// ```
+/// use ddil_pipelines::{Card, num_samples_of_grid};
+///
+/// let mut card = Card::default();
+/// assert_eq!(num_samples_of_grid(&card, 2), 16);
+/// card.class_names = ["bag", "coat", "shoe"].map(str::to_owned).to_vec();
+/// assert_eq!(num_samples_of_grid(&card, 2), 6);
+/// ```
+pub fn num_samples_of_grid(card: &Card, per_class: u32) -> u32 {
+    const WITHOUT_CLASSES: u32 = 8;
+    let rows = match card.class_names.len() as u32 {
+        0 => WITHOUT_CLASSES,
+        classes => classes,
+    };
+    rows.saturating_mul(per_class.max(1))
 }
 
 /// A grid of `per_prompt` decoded samples of each prompt, one column per prompt and at most eight columns.

@@ -407,7 +407,7 @@ impl CommonConfig {
 fn output_type<'de, D: Deserializer<'de>>(value: D) -> Result<PredictionType, D::Error> {
     match PredictionType::deserialize(value) {
         Ok(PredictionType::Flow) | Err(_) => {
-            Err(D::Error::custom("expected one of `epsilon`, `sample` or `v_prediction`"))
+            Err(D::Error::custom("expected `epsilon`, `sample` or `v_prediction`"))
         }
         known => known,
     }

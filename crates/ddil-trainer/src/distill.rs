@@ -68,7 +68,7 @@ pub struct DistillTask {
     prompted: Option<Prompted>,
     guide: Guidance,
     /// How the teacher of the first stage is sampled for a grid.
-    teacher_plan: TeacherPlan,
+    teacher_plan: Option<TeacherPlan>,
     roles: Roles,
     stage: Stage,
     meters: Meters,
@@ -139,7 +139,7 @@ struct Prepared {
     num_labels: Option<u32>,
     card: Card,
     parts: PipelineParts,
-    teacher_plan: TeacherPlan,
+    teacher_plan: Option<TeacherPlan>,
     roles: Roles,
     stage: Stage,
 }
@@ -684,12 +684,11 @@ impl Task for DistillTask {
 
     fn teacher_samples(&mut self) -> Result<Option<(Image, String)>> {
         // The teacher of a later stage is a student.
-        if self.stage.index > 0 {
+        let Some(teacher) = self.teacher_plan.as_ref().filter(|_| self.stage.index == 0) else {
             return Ok(None);
-        }
-        let TeacherPlan { plan, .. } = &self.teacher_plan;
-        let image = self.grid(&self.roles.teacher, plan, &self.card, &self.guide)?;
-        Ok(Some((image, self.teacher_plan.description())))
+        };
+        let image = self.grid(&self.roles.teacher, &teacher.plan, &self.card, &self.guide)?;
+        Ok(Some((image, teacher.description())))
     }
 
     fn evaluate(

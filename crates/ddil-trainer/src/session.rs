@@ -626,11 +626,10 @@ impl<T: Task> Session<T> {
         best.map_or(Ok(()), |best| self.place_best(best))
     }
 
-    /// Draws the teacher's samples, once in a run with a grid of samples more than once.
+    /// Draws the teacher's samples, once in a run; a task without a teacher has none.
     fn draw_teacher(&mut self, progress: &mut Progress) -> Result<()> {
-        let OutputSection { sample_interval, samples_per_class, .. } = self.config.output;
         let path = self.folder.teacher_samples();
-        if sample_interval == 0 || samples_per_class == 0 || path.exists() {
+        if path.exists() {
             return Ok(());
         }
         progress.set_activity("drawing the teacher's samples");

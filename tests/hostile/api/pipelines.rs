@@ -54,6 +54,7 @@ fn ddil_pipelines() {
         "WithCallback::new",
         "Guidance::of_classes",
         "batch_size",
+        "num_samples_of_grid",
     ]);
     cases.finish("ddil-pipelines");
 }

@@ -16,10 +16,17 @@ use crate::{Error, Result};
 /// [`Error::DamagedCheckpoint`] if it differs from what was written, [`Error::NoSuchCheckpoint`] if the path is one beside
 /// others and does not exist, and those of [`newest_intact`].
 pub fn find(path: &Path) -> Result<Option<Checkpoint>> {
-    if path.join(MANIFEST).is_file() || (step_of(path).is_some() && path.is_dir()) {
+    let ends_with = |path: &Path, name: &str| path.file_name().is_some_and(|own| own == name);
+    // Elsewhere a folder of that name need not be one: `step_0000500` of images.
+    let is_one_by_name = || {
+        let whole = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        step_of(path).is_some()
+            && path.is_dir()
+            && whole.parent().is_some_and(|folder| ends_with(folder, CHECKPOINTS))
+    };
+    if path.join(MANIFEST).is_file() || is_one_by_name() {
         return Checkpoint::open(path).map(Some);
     }
-    let ends_with = |path: &Path, name: &str| path.file_name().is_some_and(|own| own == name);
     let folder = path.parent().filter(|folder| ends_with(folder, CHECKPOINTS) && folder.is_dir());
     match folder {
         Some(folder) if ends_with(path, BEST) && path.is_file() => {

@@ -12,33 +12,26 @@ pub(super) trait Divisible: Sized {
     fn select(&self, indices: &[i64]) -> ddil_data::Result<Self>;
 }
 
-impl Divisible for ImageDataset {
-    fn num_samples(&self) -> i64 {
-        self.len()
-    }
+macro_rules! divisible {
+    ($type:ty) => {
+        impl Divisible for $type {
+            fn num_samples(&self) -> i64 {
+                self.len()
+            }
 
-    fn without_classes(&self, names: &[String]) -> ddil_data::Result<Self> {
-        self.without_classes(names)
-    }
+            fn without_classes(&self, names: &[String]) -> ddil_data::Result<Self> {
+                self.without_classes(names)
+            }
 
-    fn select(&self, indices: &[i64]) -> ddil_data::Result<Self> {
-        self.select(indices)
-    }
+            fn select(&self, indices: &[i64]) -> ddil_data::Result<Self> {
+                self.select(indices)
+            }
+        }
+    };
 }
 
-impl Divisible for ImageFolder {
-    fn num_samples(&self) -> i64 {
-        self.len()
-    }
-
-    fn without_classes(&self, names: &[String]) -> ddil_data::Result<Self> {
-        self.without_classes(names)
-    }
-
-    fn select(&self, indices: &[i64]) -> ddil_data::Result<Self> {
-        self.select(indices)
-    }
-}
+divisible!(ImageDataset);
+divisible!(ImageFolder);
 
 /// The samples that a config leaves: without its excluded classes, and no more than its number of samples.
 pub(super) fn part_of<S: Divisible>(samples: S, section: &DataSection) -> Result<S> {

@@ -1,18 +1,22 @@
 //! How the teacher is sampled for a grid beside the student's.
 
 use ddil_losses::TeacherGuidance;
-use ddil_pipelines::{Card, Pipeline, SamplePlan, with_published_solver, with_published_timesteps};
+use ddil_pipelines::{
+    Card, Pipeline, SamplePlan, num_samples_of_grid, with_published_solver,
+    with_published_timesteps,
+};
 use ddil_schedulers::Thresholding;
 
 use super::prompted;
 use crate::config::DistillConfig;
-use crate::error::Result;
+use crate::error::{Result, with_causes};
 
 /// The fewest steps to which the teacher's own number is reduced.
 const MIN_STEPS: u32 = 10;
-/// The samples of all updates per evaluation of a sample in the grid. An update evaluates student and teacher about six
-/// times per sample, counting a backward pass as two; a step of a guided teacher is two evaluations.
-const UPDATES_PER_STEP: u64 = 4;
+/// The number of training samples, those of all updates, per step of a sample in the grid. The grid then takes about a
+/// twelfth of the time of the updates: a training sample costs about six evaluations of a network, counting a backward pass
+/// as two, and a step of a guided teacher costs two.
+const TRAINING_SAMPLES_PER_STEP: u64 = 4;
 
 /// The settings with which a teacher is sampled once in a run.
 #[derive(Debug)]
@@ -28,25 +32,28 @@ impl TeacherPlan {
     ///
     /// Fewer steps, but not below 10, for a run that is short compared with the grid: otherwise the grid could take longer
     /// than the updates.
+    ///
+    /// `None` for a run that draws no grid of the teacher.
     pub(super) fn new(
         teacher: &Pipeline,
         config: &DistillConfig,
         student: &Card,
         batch_size: u32,
-    ) -> Result<Self> {
+    ) -> Result<Option<Self>> {
+        if config.output.sample_interval == 0 || config.output.samples_per_class == 0 {
+            return Ok(None);
+        }
         let full_steps = SamplePlan::of(teacher, None).steps;
         let samples = num_samples(config, student);
-        let of_updates = config.total_updates().saturating_mul(config.data.batch_size.into());
-        let most = (of_updates / (UPDATES_PER_STEP * samples)).min(u32::MAX.into()) as u32;
+        let training_samples = config.total_updates().saturating_mul(config.data.batch_size.into());
+        let most = training_samples / TRAINING_SAMPLES_PER_STEP / samples.max(1);
+        let most = most.min(u32::MAX.into()) as u32;
         let steps = full_steps.min(most.max(MIN_STEPS));
         let own = plan_of(teacher, (steps < full_steps).then_some(steps))?;
         let guidance_scale = match config.teacher.guidance {
-            TeacherGuidance::Cfg { scale } => scale,
             TeacherGuidance::BakedIn => teacher.card.default_guidance_scale(),
-            // That of the student's grids.
-            TeacherGuidance::CfgRange { .. } | TeacherGuidance::Embedded { .. } => {
-                student.default_guidance_scale()
-            }
+            // The scale that the student has learned, or that of its grids if it takes one.
+            _ => student.guidance_scale.unwrap_or_else(|| student.default_guidance_scale()),
         };
         let on = config.thresholding_places.teacher;
         let thresholding = if on { config.thresholding.clone() } else { Thresholding::None };
@@ -54,7 +61,7 @@ impl TeacherPlan {
         // A guided teacher evaluates two rows per sample.
         let batch_size = (batch_size / 2).max(1);
         let plan = SamplePlan { guidance_scale, thresholding, batch_size, seed, ..own };
-        Ok(Self { plan, full_steps })
+        Ok(Some(Self { plan, full_steps }))
     }
 
     /// How the grid was drawn, for its caption.
@@ -73,7 +80,8 @@ fn plan_of(teacher: &Pipeline, steps: Option<u32>) -> Result<SamplePlan> {
     // As in training, where the solver of the teacher's folder is not used.
     let plan = with_published_solver(teacher, plan.clone()).unwrap_or_else(|error| {
         tracing::warn!(
-            "the teacher's grid is drawn with DDIM, since its own solver is not available: {error}"
+            "the teacher's grid is drawn with DDIM, since its own solver is not available: {}",
+            with_causes(&error)
         );
         plan
     });
@@ -85,13 +93,13 @@ fn plan_of(teacher: &Pipeline, steps: Option<u32>) -> Result<SamplePlan> {
 
 /// The number of samples of a grid.
 fn num_samples(config: &DistillConfig, card: &Card) -> u64 {
-    const WITHOUT_CLASSES: usize = 8;
-    let rows =
-        match (config.data.kind.is_text(), config.output.prompts.len(), card.class_names.len()) {
-            (true, 0, _) => prompted::SHOWN,
-            (true, prompts, _) => prompts,
-            (false, _, 0) => WITHOUT_CLASSES,
-            (false, _, classes) => classes,
-        };
-    rows as u64 * u64::from(config.output.samples_per_class.max(1))
+    let per_row = config.output.samples_per_class;
+    if !config.data.kind.is_text() {
+        return num_samples_of_grid(card, per_row).into();
+    }
+    let prompts = match config.output.prompts.len() {
+        0 => prompted::SHOWN,
+        given => given,
+    };
+    prompts as u64 * u64::from(per_row)
 }

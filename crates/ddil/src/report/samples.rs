@@ -38,6 +38,13 @@ struct TeacherGrid {
     caption: Option<String>,
 }
 
+impl TeacherGrid {
+    fn read(path: &Path) -> Result<Self> {
+        let png = content(path)?;
+        Ok(Self { src: png_address(&png), caption: Image::description_of(&png) })
+    }
+}
+
 /// A grid of the teacher's samples among those of a run.
 const TEACHER: &str = "teacher.png";
 /// The maximum number of grids in a page, and their size in all.
@@ -46,7 +53,7 @@ const MAX_BYTES: u64 = 12_000_000;
 
 impl Samples {
     /// Reads the grids of a run, and leaves out some if they are many: the rest are evenly spaced, with the first and the
-    /// last. A single one that is too large is left out too.
+    /// last. A single one that is too large is left out too, also that of the teacher.
     ///
     /// # Errors
     ///
@@ -65,15 +72,12 @@ impl Samples {
             Ok(Frame { step: *step, src: address(path)? })
         };
         let frames = kept.iter().map(frame).collect::<Result<Vec<_>>>()?;
-        let teacher = folder.join(TEACHER);
-        let teacher = (teacher.is_file() && fits(&teacher)).then(|| {
-            let png = content(&teacher)?;
-            Ok::<_, Error>(TeacherGrid {
-                src: png_address(&png),
-                caption: Image::description_of(&png),
-            })
-        });
-        Ok(Self { num_left_out: found.len() - frames.len(), frames, teacher: teacher.transpose()? })
+        let teacher = Some(folder.join(TEACHER)).filter(|path| path.is_file());
+        let shown = teacher.as_deref().filter(|path| fits(path));
+        let num_left_out =
+            found.len() - frames.len() + usize::from(teacher.is_some() && shown.is_none());
+        let teacher = shown.map(TeacherGrid::read).transpose()?;
+        Ok(Self { frames, teacher, num_left_out })
     }
 }
 
@@ -144,6 +148,28 @@ mod tests {
         assert_eq!(evenly(9, 5), [0, 2, 4, 6, 8]);
         assert_eq!(evenly(100, 4), [0, 33, 66, 99]);
         assert_eq!((evenly(100, 1), evenly(0, 4)), (vec![99], vec![]));
+    }
+
+    #[test]
+    fn a_grid_that_is_too_large_is_counted_whoever_drew_it() -> Result<()> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let at = |name: &str| folder.path().join(name);
+        let large = |name: &str| {
+            let file = fs::File::create(at(name)).expect("the folder can be written");
+            file.set_len(MAX_BYTES + 1).expect("a sparse file");
+        };
+        let found = |samples: &Samples| {
+            (samples.frames.len(), samples.teacher.is_some(), samples.num_left_out)
+        };
+        fs::write(at("step_0000001.png"), "small").expect("the folder can be written");
+        assert_eq!(found(&Samples::read(folder.path())?), (1, false, 0));
+        fs::write(at(TEACHER), "small").expect("the folder can be written");
+        assert_eq!(found(&Samples::read(folder.path())?), (1, true, 0));
+        large(TEACHER);
+        assert_eq!(found(&Samples::read(folder.path())?), (1, false, 1));
+        large("step_0000002.png");
+        assert_eq!(found(&Samples::read(folder.path())?), (1, false, 2));
+        Ok(())
     }
 
     #[test]

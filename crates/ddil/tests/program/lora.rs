@@ -108,7 +108,12 @@ fn an_adapter_on_its_base_is_the_merged_pipeline() -> TestResult {
 fn every_method_has_adapters_and_drawn_guidance_is_averaged() -> TestResult {
     let workshop = Workshop::with_teacher();
     let drawn = "teacher.guidance={ kind = \"cfg_range\", min = 1.0, max = 3.0 }";
-    let run = workshop.complete("distill", "drawn", &[LCM[0], LCM[1], LORA, drawn]);
+    let grids = "output.sample_interval=4";
+    let run = workshop.complete("distill", "drawn", &[LCM[0], LCM[1], LORA, drawn, grids]);
+    // The teacher is drawn with the guidance that the adapter has learned.
+    let caption =
+        ddil_pipelines::Image::description_of(&fs::read(run.join("samples/teacher.png"))?);
+    assert_eq!(caption.as_deref(), Some("10 steps of the usual 50, to bound the time, guidance 3"));
     let card = json(&run.join("export/ddil.json"));
     assert_eq!(card["guidance_scale"], 3.0);
     assert!(card["guidance_range"].is_null());
