@@ -117,14 +117,13 @@ fn the_moving_average_of_diffusers_scripts_is_imported() -> TestResult {
 }
 
 #[test]
-fn a_folder_of_one_variant_is_sampled_and_distilled() -> TestResult {
+fn a_folder_of_one_variant_is_sampled_and_distilled() {
     let workshop = Workshop::of_text(Family::StableDiffusion);
     let (plain, _) = sampled(&workshop, "teacher");
     workshop.ddil(&["export", "teacher", "half", "--variant", "fp16"]).succeeded();
     let (half, _) = sampled(&workshop, "half");
     assert!(plain == half);
     workshop.complete("distill", "student", &["teacher.path=\"half\""]);
-    Ok(())
 }
 
 #[test]
