@@ -37,7 +37,7 @@ HOG = "while True: pass"
 
 def default_program(folder: str) -> list[str]:
     teacher = str(ROOT / "assets" / "fashion-mnist-teacher")
-    drawn = ["-n", "200", "--steps", "8", "--guidance-scale", "3", "--seed", "0", "--force", "-o", f"{folder}/samples.png"]
+    drawn = ["-n", "200", "--steps", "8", "--guidance-scale", "3", "--seed", "0", "-o", f"{folder}/samples.png"]
     return [str(TARGET / "release" / "ddil"), "sample", teacher, *drawn]
 
 

@@ -43,10 +43,10 @@ pub fn model_card(folder: &Path) -> Result<String> {
     let differences = differences(&pipeline, &plan);
     let steps = plan.steps;
     Ok(format!(
-        "---\nlibrary_name: diffusers\ntags: [{method}]\n---\n\n# {name}\n\n\
+        "---\nlibrary_name: diffusers\ntags: [{method}]\n---\n\n# {class}, {method}\n\n\
          Written by `ddil` (method `{method}`, {updates} updates). Samples in {steps} steps with diffusers:\n\n\
          ```python\n{snippet}```\n{differences}",
-        name = title(folder),
+        class = pipeline.parts.class().as_str(),
     ))
 }
 
@@ -62,15 +62,6 @@ pub fn write_model_card(folder: &Path) -> Result<PathBuf> {
         write_atomic(&path, model_card(folder)?.as_bytes())?;
     }
     Ok(path)
-}
-
-/// The name of the folder; that of the run for its export, which is written under a temporary name.
-fn title(folder: &Path) -> String {
-    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    match folder.parent() {
-        Some(run) if name(folder).trim_start_matches('.').starts_with("export") => name(run),
-        _ => name(folder),
-    }
 }
 
 /// Pipelines of pixels do not take classes, so the loop is written out.

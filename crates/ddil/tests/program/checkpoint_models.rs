@@ -32,7 +32,7 @@ fn whole_and_stopped(workshop: &Workshop, verb: &str, settings: &[&str]) -> [Pat
 /// The bytes of a model's samples.
 fn samples(workshop: &Workshop, model: &Path, more: &[&str]) -> Vec<u8> {
     let model = model.display().to_string();
-    let fixed = ["-n", "6", "--output", "samples.safetensors", "--force", "--threads", "1"];
+    let fixed = ["-n", "6", "--output", "samples.safetensors", "--threads", "1"];
     workshop.ddil(&[&["sample", &model], &fixed[..], more].concat()).succeeded();
     fs::read(workshop.path("samples.safetensors")).expect("it was just written")
 }
@@ -85,7 +85,7 @@ fn checkpoints_of_stages_have_their_own_timesteps() {
     models_are_exports(&workshop, "distill", &stages, &[]);
     let steps = |step: u64| {
         let model = checkpoints(&workshop.run("whole"))[&step].display().to_string();
-        let sampled = ["sample", &model, "-n", "1", "--output", "a.png", "--force"];
+        let sampled = ["sample", &model, "-n", "1", "--output", "a.png"];
         workshop.ddil(&sampled).succeeded().stdout
     };
     assert!(steps(6).contains("in 4 steps") && steps(9).contains("in 2 steps"), "{}", steps(9));
