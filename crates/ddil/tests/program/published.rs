@@ -160,7 +160,11 @@ fn a_student_is_of_the_pipeline_that_can_be_called_and_says_how() -> TestResult 
     assert_eq!(index["_class_name"], "StableDiffusionPipeline");
     assert_eq!(index["scheduler"][1], "DDIMScheduler");
     let card = fs::read_to_string(run.join("export/README.md"))?;
-    assert!(card.contains("guidance_scale=3.5") && card.contains("# range"), "{card}");
+    assert!(
+        card.contains("guidance_scale=3.5")
+            && card.contains("# StableDiffusionPipeline, progressive"),
+        "{card}"
+    );
 
     let method = "objective={ method = \"lcm\", num_ddim_timesteps = 10 }";
     let substeps = "mixing.teacher={ pool = 4, substeps = 1 }";
