@@ -76,7 +76,10 @@ fn compare_config() {
 
 fn read_compare(folder: &Path) -> Response {
     let matrix = Matrix::from_file(&folder.join(CONFIG)).map_err(message_of)?;
-    let base = repository().join("crates/ddil/presets/fashion-mnist-pd-ddil.toml");
+    // The base that an unchanged preset names; its keys depend on the method.
+    let is_dmd2 = matrix.base == "fashion-mnist-dmd2-ddil";
+    let method = if is_dmd2 { "dmd2" } else { "pd" };
+    let base = repository().join(format!("crates/ddil/presets/fashion-mnist-{method}-ddil.toml"));
     let base = Settings::from_file(&base).map_err(message_of)?;
     matrix.cells(&base).map(drop).map_err(message_of)
 }
