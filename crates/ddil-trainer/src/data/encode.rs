@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::io::{self, ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -131,7 +131,7 @@ impl Encoding {
                         "the cache in {path} was made from other files or settings and will be rebuilt"
                     );
                 }
-                tracing::info!("encoding {} samples into {path}", self.samples.len());
+                tracing::info!("encodes {} samples into {path}", self.samples.len());
                 let encoded = self.encode(&parts()?, &aside, interrupt);
                 let placed = encoded.and_then(|()| self.put_in_place(&aside));
                 if placed.is_err() {
@@ -141,7 +141,11 @@ impl Encoding {
                 return placed;
             }
         }
-        fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))
+        match fs::remove_dir_all(&aside) {
+            // The other process has just moved it into place.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            removed => removed.map_err(Error::io("remove", &aside)),
+        }
     }
 
     fn put_in_place(&self, aside: &Path) -> Result<()> {

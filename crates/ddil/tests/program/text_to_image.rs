@@ -194,7 +194,7 @@ fn messages(workshop: &Workshop, name: &str, settings: &[&str]) -> String {
 fn a_cache_is_reused_and_rebuilt_for_other_data() -> TestResult {
     let workshop = workshop(Family::StableDiffusion);
     let first = messages(&workshop, "first", &[]);
-    assert!(first.contains("encoding 6 samples into cache"), "{first}");
+    assert!(first.contains("encodes 6 samples into cache"), "{first}");
     assert!(!first.contains("are smaller than"), "{first}");
     let before = snapshot(&workshop.path("cache"));
     let again = messages(&workshop, "again", &[]);
@@ -326,7 +326,7 @@ fn long_prompts_are_cut_with_a_warning_and_dry_runs_encode_nothing() -> TestResu
     assert!(!workshop.path("said").exists() && !workshop.path("runs").exists());
     // Reported again when the cache is reused.
     for (name, words) in
-        [("long", "encoding 2 samples"), ("again", "using the encoded data in said")]
+        [("long", "encodes 2 samples"), ("again", "using the encoded data in said")]
     {
         let ended = messages(&workshop, name, &[DMD2_ALONE, PROMPTS[0], PROMPTS[1]]);
         for words in [words, "1 of 2 prompts are longer", "\"a red cat, 2 dogs\"", "\"gs\""] {

@@ -189,8 +189,7 @@ fn requires_data(args: &EvaluateArgs, subject: &Subject, has_data: bool) -> anyh
         || (args.reference.is_none() && !saves_only);
     ensure!(
         has_data || !is_required,
-        "there are no images to compare {} with; name them with --reference (a folder, or a file of statistics) or \
-         --data",
+        "there are no images to compare {} with; expected --reference (a folder, or a file of statistics) or --data",
         args.subject.display()
     );
     Ok(is_required)
