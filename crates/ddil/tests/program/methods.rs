@@ -38,7 +38,8 @@ pub(crate) const METHODS: [Method; 4] = [
         name: "dmd2",
         verb: "distill",
         settings: &[
-            "objective={ method = \"dmd2\", critic_ratio = 3, critic_sees_source = true }",
+            "objective={ method = \"dmd2\", critic_ratio = 3, critic_sees_source = true, \
+             critic_sees_timestep = true, dm_timesteps = \"up_to_state\" }",
             BUFFER,
         ],
         stages: 1,

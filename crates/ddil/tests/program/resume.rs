@@ -26,7 +26,8 @@ const LCM: [&str; 3] = [
     BUFFER,
 ];
 /// The student is updated every third time only, so that checkpoints fall between its updates.
-const DMD2: &str = "objective={ method = \"dmd2\", critic_ratio = 3, critic_sees_source = true }";
+const DMD2: &str = "objective={ method = \"dmd2\", critic_ratio = 3, critic_sees_source = true, \
+    critic_sees_timestep = true, dm_timesteps = \"up_to_state\" }";
 /// An adapter instead of a whole student.
 const LORA: &str = "student.lora={ rank = 2, alpha = 4.0 }";
 /// Long enough for several kills.
