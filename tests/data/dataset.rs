@@ -623,6 +623,27 @@ fn a_random_order_keeps_samples_and_labels_together() -> TestResult {
     Ok(())
 }
 
+/// As RGBA with an alpha of 255 everywhere, which many programs write.
+#[test]
+fn an_alpha_channel_that_hides_nothing_is_dropped() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let opaque: Vec<u8> = (0..16).map(|byte| if byte % 4 == 3 { 255 } else { byte }).collect();
+    write_png(&at("a.png"), (2, 2), png::ColorType::Rgba, &opaque);
+    write_png(&at("b.png"), (2, 2), png::ColorType::Rgb, &[0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14]);
+    let images = read_image_folder(folder.path())?;
+    assert_eq!(images.pixels().size(), [2, 3, 2, 2]);
+    assert_eq!(images.pixels().get(0), images.pixels().get(1));
+
+    // One pixel that is nearly opaque is transparent.
+    let mut hides = opaque;
+    hides[7] = 254;
+    write_png(&at("a.png"), (2, 2), png::ColorType::Rgba, &hides);
+    let message = read_image_folder(folder.path()).expect_err("one is transparent").to_string();
+    assert!(message.contains("a.png") && message.contains("without transparency"), "{message}");
+    Ok(())
+}
+
 #[test]
 fn bad_pictures() -> TestResult {
     let folder = tempfile::tempdir()?;
@@ -638,7 +659,7 @@ fn bad_pictures() -> TestResult {
     write_png(&at("b.png"), (2, 2), png::ColorType::Rgb, &[0; 12]);
     assert!(refused().contains("b.png is RGB, 2x2 pixels; expected grey, 2x2"));
     write_png(&at("b.png"), (2, 2), png::ColorType::Rgba, &[0; 16]);
-    assert!(refused().contains("without transparency"));
+    assert!(refused().contains("b.png") && refused().contains("without transparency"));
     written(&folder, "b.png", b"not a picture");
     assert!(
         matches!(read_image_folder(folder.path()), Err(Error::Png { path, .. }) if path == at("b.png"))

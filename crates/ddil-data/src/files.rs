@@ -58,7 +58,8 @@ pub(crate) fn is_colour(path: &Path) -> bool {
     let Ok(file) = open_regular_file(path) else { return false };
     let mut decoder = Decoder::new(BufReader::new(file));
     decoder.set_transformations(Transformations::normalize_to_color8());
-    decoder.read_info().is_ok_and(|reader| reader.output_color_type().0 == ColorType::Rgb)
+    let is_rgb = |colour| matches!(colour, ColorType::Rgb | ColorType::Rgba);
+    decoder.read_info().is_ok_and(|reader| is_rgb(reader.output_color_type().0))
 }
 
 /// What becomes of an alpha channel.
@@ -81,17 +82,16 @@ fn read_png(path: &Path, transparency: Transparency) -> Result<(Layout, Vec<u8>)
     let mut reader = decoder.read_info().map_err(png)?;
 
     let (colour, _) = reader.output_color_type();
-    let drops = transparency == Transparency::Dropped;
+    let refused = |found: String| {
+        let expected = "grey or RGB, without transparency".to_owned();
+        Error::Image { path: path.to_owned(), found, expected }
+    };
     let (stored, channels) = match colour {
         ColorType::Grayscale => (1, 1),
         ColorType::Rgb => (3, 3),
-        ColorType::GrayscaleAlpha if drops => (2, 1),
-        ColorType::Rgba if drops => (4, 3),
-        ColorType::GrayscaleAlpha | ColorType::Rgba | ColorType::Indexed => {
-            let found = format!("{colour:?} after decoding");
-            let expected = "grey or RGB, without transparency".to_owned();
-            return Err(Error::Image { path: path.to_owned(), found, expected });
-        }
+        ColorType::GrayscaleAlpha => (2, 1),
+        ColorType::Rgba => (4, 3),
+        ColorType::Indexed => return Err(refused("indexed after decoding".to_owned())),
     };
     let too_large = || png(png::DecodingError::LimitsExceeded);
     let len = reader.output_buffer_size().ok_or_else(too_large)?;
@@ -101,6 +101,11 @@ fn read_png(path: &Path, transparency: Transparency) -> Result<(Layout, Vec<u8>)
     let mut pixels = vec![0; len];
     let info = reader.next_frame(&mut pixels).map_err(png)?;
     if stored > channels {
+        // An alpha channel that hides nothing, as many programs write it, means nothing.
+        let is_opaque = || pixels.chunks_exact(stored).all(|pixel| pixel[channels] == u8::MAX);
+        if transparency == Transparency::Refused && !is_opaque() {
+            return Err(refused("partly transparent".to_owned()));
+        }
         pixels =
             pixels.chunks_exact(stored).flat_map(|pixel| &pixel[..channels]).copied().collect();
     }
