@@ -1,7 +1,6 @@
 //! The parts that all runs on one mixture and seed share.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use ddil_core::{
@@ -96,25 +95,8 @@ impl Lab {
 
     /// A copy of a network with a further input, a number for each sample's state, that has no effect at first.
     pub(crate) fn critic_that_sees_states(&self, of: &Model) -> Result<Rc<Model>> {
-        let config = self.network_config();
-        let class_width = i64::from(config.class_features);
-        let critic = self.built(MlpConfig { embed_guidance: true, ..config })?;
-        let weights: BTreeMap<String, Tensor> = of.parameters().learned().into_iter().collect();
-        let _no_grad = tch::no_grad_guard();
-        for (name, mut own) in critic.parameters().learned() {
-            let weight = weights.get(&name).ok_or_else(|| format!("the network has no {name}"))?;
-            if own.size() == weight.size() {
-                own.copy_(weight);
-                continue;
-            }
-            // The inputs of the first layer: sample and time, the number, the class.
-            let (width, own_width) = (weight.size()[1], own.size()[1]);
-            let before = width - class_width;
-            let _ = own.zero_();
-            own.narrow(1, 0, before).copy_(&weight.narrow(1, 0, before));
-            let class = weight.narrow(1, before, class_width);
-            own.narrow(1, own_width - class_width, class_width).copy_(&class);
-        }
+        let critic = self.built(MlpConfig { embed_guidance: true, ..self.network_config() })?;
+        critic.parameters().copy_matching(of.parameters())?;
         Ok(critic)
     }
 

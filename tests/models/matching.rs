@@ -201,7 +201,7 @@ fn a_cut_at_silent_units_changes_nothing() -> TestResult {
     Ok(())
 }
 
-/// As many inputs in total, but of other kinds.
+/// As many inputs in total, but of other kinds: those that the other network lacks have no effect at first.
 #[test]
 fn inputs_of_another_type_are_not_confused() -> TestResult {
     let plain = MlpConfig { class_features: 32, ..MlpConfig::default() };
@@ -210,7 +210,17 @@ fn inputs_of_another_type_are_not_confused() -> TestResult {
     let [guided, classes] = [guided, classes].map(|config| config.build(Placement::default(), 0));
     let (guided, classes) = (guided?, classes?);
     let matched = guided.parameters().copy_matching(classes.parameters())?;
-    assert_eq!(names(&matched.fresh), ["layers.0.weight"]);
+    assert_eq!(names(&matched.sliced), ["layers.0.weight"]);
     assert_eq!(names(&matched.unused), ["class_embedding.weight"]);
+
+    // With all inputs of the other network and one more, the output is the same for every weight.
+    let both = MlpConfig { embed_guidance: true, ..classes.config().clone() };
+    let both = both.build(Placement::default(), 1)?;
+    both.parameters().copy_matching(classes.parameters())?;
+    let (x, t) = (Tensor::randn([3, 2], kind::FLOAT_CPU), Tensor::from_slice(&[1_i64, 500, 999]));
+    let (labels, weights) =
+        (Tensor::from_slice(&[0_i64, 1, 2]), Tensor::from_slice(&[0_f32, 1.0, 7.5]));
+    let found = both.forward(&x, &t, Some(&labels), Some(&weights))?;
+    assert!(relative_error(&found, &classes.forward(&x, &t, Some(&labels), None)?) < 1e-6);
     Ok(())
 }

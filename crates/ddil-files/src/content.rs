@@ -5,7 +5,7 @@ const LFS: &[u8] = b"version https://git-lfs";
 /// An HTML page begins within this many bytes; white space and comments may precede it.
 const HTML_START: usize = 512;
 
-/// What a file is that was taken for another, in words for a message: what was found, and what to do.
+/// The actual content of a file that a reader could not read, as text for a message: what was found, and what to do.
 ///
 /// Recognised are Git LFS pointers, pages that a server sent instead of a file, archives of `torch.save`, and images.
 /// Call it where a reader has failed: a valid file may begin with the same bytes.

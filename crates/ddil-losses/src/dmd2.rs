@@ -162,7 +162,7 @@ pub struct Dmd2Config {
     /// Whether the critic is conditioned on the timestep of each sample's state, and so models one distribution per
     /// step of the student; default false, as published: one distribution for all steps. Without it, samples of one
     /// step can compensate for the errors of another, for instance those of the last step for the blurred ones of the
-    /// first, which no longer match the teacher's. The critic must accept a guidance weight, as for the source.
+    /// first. The critic must accept a guidance weight, as for the source.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub critic_sees_timestep: bool,
     /// Whether a discriminator is trained along with the critic, on dataset samples; default true.
@@ -424,7 +424,7 @@ impl Dmd2 {
         conditioning.with_guidance_weight(numbers)
     }
 
-    /// Whether the critic is told which states its samples come from.
+    /// Whether the critic's input identifies the states that its samples come from.
     fn critic_sees_states(&self) -> bool {
         self.config.critic_sees_source || self.config.critic_sees_timestep
     }

@@ -34,7 +34,7 @@ pub(crate) enum Share {
 pub struct Matched {
     /// Parameters of the same shape in both networks, copied completely.
     pub copied: Vec<(String, usize)>,
-    /// Parameters that are larger in the other network, copied in part.
+    /// Parameters that are larger in the other network, or with other kinds of features: copied in part.
     pub sliced: Vec<(String, usize)>,
     /// Parameters without a match, which keep their values.
     pub fresh: Vec<(String, usize)>,
@@ -74,7 +74,7 @@ impl Parameters {
     ///   concatenated, the leading part of each kind is taken: the two halves of the input of a level on the up path
     ///   (from below, and from the skip), scale and shift, and the inputs of the first layer of an [`Mlp`](crate::Mlp).
     ///   Sines and cosines of a timestep are subsampled evenly, which gives the frequencies of the narrower network if
-    ///   its width divides the wider one's;
+    ///   its width divides the wider one's. A kind that the other network lacks gets zeros, and so no effect at first;
     /// - otherwise, and if the number of kinds differs: unchanged, which in a new network is its fresh initialisation,
     ///   zero for a guidance embedding.
     ///
@@ -117,8 +117,8 @@ impl Parameters {
                     target
                         .take(source, &kept)
                         .map_err(Error::torch("Parameters::copy_matching"))?;
-                    let whole = target.tensor.size() == source.tensor.size();
-                    if whole { &mut matched.copied } else { &mut matched.sliced }
+                    let is_whole = kept.iter().zip(source.tensor.size()).all(|(k, n)| is_all(k, n));
+                    if is_whole { &mut matched.copied } else { &mut matched.sliced }
                 }
             };
             list.push((target.name.clone(), target.tensor.numel()));
@@ -131,7 +131,7 @@ impl Parameters {
 
 impl Parameter {
     /// The part of each axis of `source` to copy; `None` if the source is smaller.
-    fn kept_of(&self, source: &Self) -> Option<Vec<Vec<i64>>> {
+    fn kept_of(&self, source: &Self) -> Option<Vec<Kept>> {
         let rank = self.tensor.dim();
         if rank != source.tensor.dim() {
             return None;
@@ -148,32 +148,48 @@ impl Parameter {
         })
     }
 
-    fn take(&self, source: &Self, kept: &[Vec<i64>]) -> std::result::Result<(), tch::TchError> {
+    fn take(&self, source: &Self, kept: &[Kept]) -> std::result::Result<(), tch::TchError> {
         let mut values = source.tensor.shallow_clone();
         for (axis, kept) in kept.iter().enumerate() {
-            if kept.len() as i64 != values.size()[axis] {
-                let kept = Tensor::from_slice(kept).f_to_device(values.device())?;
-                values = values.f_index_select(axis as i64, &kept)?;
+            if is_all(kept, values.size()[axis]) {
+                continue;
             }
+            let on_device = |list: Tensor| list.f_to_device(values.device());
+            let indices: Vec<i64> = kept.iter().map(|index| index.unwrap_or(0)).collect();
+            let is_absent: Vec<bool> = kept.iter().map(Option::is_none).collect();
+            let mut shape = vec![1; values.dim()];
+            shape[axis] = -1;
+            let is_absent = on_device(Tensor::from_slice(&is_absent))?.f_view(shape.as_slice())?;
+            values = values
+                .f_index_select(axis as i64, &on_device(Tensor::from_slice(&indices))?)?
+                .f_masked_fill(&is_absent, 0)?;
         }
         self.tensor.shallow_clone().f_copy_(&values)
     }
 }
 
-/// Indices into the source, ascending.
-fn kept(target: &Joined, source: &Joined) -> Option<Vec<i64>> {
+/// Indices into an axis of the source, ascending; none for a feature of a kind that the source lacks.
+type Kept = Vec<Option<i64>>;
+
+/// Whether the whole axis of the source, of `len` features, is kept.
+fn is_all(kept: &[Option<i64>], len: i64) -> bool {
+    kept.iter().copied().eq((0..len).map(Some))
+}
+
+fn kept(target: &Joined, source: &Joined) -> Option<Kept> {
     if target.parts.len() != source.parts.len() {
         return None;
     }
     let mut indices = Vec::new();
     let mut start = 0;
     for (&wanted, &there) in target.parts.iter().zip(&source.parts) {
-        if wanted > there {
+        if there > 0 && wanted > there {
             return None;
         }
         indices.extend((0..wanted).map(|i| match target.share {
-            Share::First => start + i,
-            Share::Spaced => start + i * there / wanted,
+            _ if there == 0 => None,
+            Share::First => Some(start + i),
+            Share::Spaced => Some(start + i * there / wanted),
         }));
         start += there;
     }
@@ -191,11 +207,14 @@ mod tests {
     #[test]
     fn every_kind_gives_its_own_share() {
         let of = |target: &[i64], source: &[i64], share| {
-            kept(&joined(target, share), &joined(source, share))
+            let kept = kept(&joined(target, share), &joined(source, share))?;
+            // -1 for a feature that the source lacks.
+            Some(kept.into_iter().map(|index| index.unwrap_or(-1)).collect::<Vec<i64>>())
         };
         assert_eq!(of(&[2], &[4], Share::First), Some(vec![0, 1]));
         assert_eq!(of(&[2, 1], &[3, 2], Share::First), Some(vec![0, 1, 3]));
         assert_eq!(of(&[2, 2, 0], &[4, 4, 1], Share::Spaced), Some(vec![0, 2, 4, 6]));
+        assert_eq!(of(&[2, 1, 1], &[2, 0, 1], Share::First), Some(vec![0, 1, -1, 2]));
         // The same total, but different numbers per kind.
         assert_eq!(of(&[3, 1], &[2, 2], Share::First), None);
         assert_eq!(of(&[2], &[1, 1], Share::First), None);
